@@ -1,0 +1,71 @@
+# `make help` lists the targets. Every target sets up what it needs in .venv; stamps in .venv/.stamps keep re-runs fast.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+# Many small matrices: workers that share the cores beat threads that fight over them.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+# Libraries that could reach a model hub must not: tests and demo run on local files.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test lint types conformance bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1	/' | expand -t 16
+
+setup: $(STAMPS)/package ## make .venv and install the locked versions and loopwise itself
+
+demo: $(STAMPS)/package $(STAMPS)/demo ## loop a real model: inspect, score, generate, prove; writes demo_out/
+	$(PY) examples/demo.py --out demo_out
+
+test: $(STAMPS)/package ## run the tests (WORKERS=2, PYTEST_ARGS=...)
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMPS)/package ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMPS)/package ## pyright
+	$(BIN)/pyright
+
+conformance: $(STAMPS)/package ## re-run the laws over every causal model type and rewrite the committed table
+	$(ONE_THREAD) $(PY) -m loopwise.recipes.conformance
+
+bench: $(STAMPS)/package $(STAMPS)/demo ## run the benchmarks; a missed target fails
+	for script in benchmarks/*.py; do $(PY) $$script || exit 1; done
+
+clean: ## remove .venv, caches and what the demo wrote
+	rm -rf $(VENV) build dist demo_out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"loopwise needs Python >= 3.11, $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.11")'
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch goes first and exactly, so that nothing after it can choose another build.
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(PIP) --constraint requirements/lock.txt "$(TORCH)"
+	@touch $@
+
+$(STAMPS)/lock: $(STAMPS)/torch requirements/lock.txt
+	$(PIP) --requirement requirements/lock.txt
+	@touch $@
+
+# setuptools is in the lock, so the build needs no second, isolated download of it.
+$(STAMPS)/package: $(STAMPS)/lock pyproject.toml
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/lock requirements/demo.txt
+	$(PIP) --no-deps --requirement requirements/demo.txt
+	@touch $@

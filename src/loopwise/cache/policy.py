@@ -1,0 +1,101 @@
+"""Cache policies: which visits of a layer share one store of keys and values.
+
+| kind | iteration i reads and writes | exact |
+|---|---|---|
+| own | its own store | yes |
+| ring(k) | store i mod k: earlier tokens are seen as their last iteration congruent to i left them | no |
+| last | ring(1): earlier tokens are seen as their last iteration left them (Ouro's decoding, arXiv 2510.25741) | no |
+| first | the keys and values of iteration 0, the current tokens' included (MoR's recursive sharing, arXiv 2507.10524) | no |
+
+A policy is a pair (prefill, decode). `last` and `ring` make a token read what *later* iterations of earlier tokens wrote, so their prefill goes
+position by position; `own/last` prefills exactly in parallel and keeps only the last iteration from the first decoded token on.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from loopwise.plan.nodes import Slot
+
+StoreKey = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """One half of a policy: `kind` is own, first or ring; `size` is the number of stores of a ring."""
+
+    kind: str = "own"
+    size: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Sharing:
+        """Read `own`, `first`, `last` or `ring(k)`; anything else is a `ValueError`."""
+        if text in ("own", "first"):
+            return cls(kind=text)
+        if text == "last":
+            return cls(kind="ring", size=1)
+        match = re.fullmatch(r"ring\(([0-9]{1,6})\)", text)
+        if match is None or int(match[1]) < 1:
+            raise ValueError(f"cache policy {text!r} is unknown: use own, last, first, ring(k) with k >= 1, or prefill/decode such as own/last")
+        return cls(kind="ring", size=int(match[1]))
+
+    def __str__(self) -> str:
+        return f"ring({self.size})" if self.kind == "ring" else self.kind
+
+    def store(self, slot: Slot) -> StoreKey:
+        """The key of the store that a slot uses."""
+        if self.kind == "ring":
+            return slot.position, tuple(i % self.size for i in slot.iterations)
+        if self.kind == "first":
+            return slot.position, (0,) * len(slot.iterations)
+        return slot.key
+
+    def reads_only(self, slot: Slot) -> bool:
+        """True when the slot reads what another iteration wrote for the same token."""
+        return self.kind == "first" and any(slot.iterations)
+
+    @property
+    def is_sequential(self) -> bool:
+        """True when tokens depend on later iterations of earlier tokens, so that they are computed one by one."""
+        return self.kind == "ring"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePolicy:
+    """How repeated depth is cached.
+
+    Attributes:
+        prefill: sharing while several tokens are computed in one call.
+        decode: sharing from the first single-token call on.
+        on_deeper: what to do when a call visits slots that earlier tokens of the cache did not: "refuse", or "catch_up", which
+            recomputes the earlier tokens at the new depth (exact).
+    """
+
+    prefill: Sharing = Sharing()
+    decode: Sharing = Sharing()
+    on_deeper: str = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.on_deeper not in ("refuse", "catch_up"):
+            raise ValueError(f"on_deeper is {self.on_deeper!r}: use 'refuse' or 'catch_up'")
+        if self.prefill != self.decode and self.prefill.kind != "own":
+            raise ValueError("a cache policy pair must start with own, such as own/last: other prefills fix the decoding")
+        if self.on_deeper == "catch_up" and not self.is_exact:
+            raise ValueError("on_deeper='catch_up' goes with cache policy own: shared stores need no catching up")
+
+    @classmethod
+    def parse(cls, text: str, on_deeper: str = "refuse") -> CachePolicy:
+        """Read `own`, `last`, `first`, `ring(k)` or a pair `prefill/decode`."""
+        if not isinstance(text, str):
+            raise ValueError(f"cache policy must be text such as 'own' or 'own/last', not {type(text).__name__}")
+        prefill, _, decode = text.partition("/")
+        return cls(prefill=Sharing.parse(prefill), decode=Sharing.parse(decode or prefill), on_deeper=on_deeper)
+
+    def __str__(self) -> str:
+        return str(self.prefill) if self.prefill == self.decode else f"{self.prefill}/{self.decode}"
+
+    @property
+    def is_exact(self) -> bool:
+        """True when cached decoding equals full recomputation of the model under its plan."""
+        return self.prefill.kind == "own" and self.decode.kind == "own"

@@ -1,0 +1,304 @@
+"""Give a transformers causal language model a plan, in place, and take it away again.
+
+`attach` installs two hooks on the module that owns the decoder layers (see `playing`) and one on the model, nothing else: the model stays an
+instance of its own class, with its own parameters under their own names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from loopwise.cache.policy import CachePolicy
+from loopwise.loop.execute import Hook
+from loopwise.models.hub import (
+    LayerList,
+    base_model,
+    cache_indices,
+    layer_lists,
+    probe_inputs,
+    refuse_encoder_decoder,
+)
+from loopwise.models.playing import Looping, Returns, looping_of
+from loopwise.models.slicing import learn_axes
+from loopwise.models.wrapper import keep_plan_on_save
+from loopwise.plan.plans import Plan
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan | str,
+    *,
+    cache: str = "own",
+    on_deeper: str = "refuse",
+    loops: int | Mapping[str, int] | None = None,
+    hooks: Sequence[Hook] = (),
+) -> nn.Module:
+    """Make a causal language model visit its layers in the order of a plan.
+
+    The model is changed in place and returned. It is first tried on a few tokens: under the identity plan its logits must be bit for bit what
+    they were. `generate`, training, `save_pretrained`, PEFT and deepcopy go on working; `model(input_ids, loops=2)` changes the
+    iteration count of one call.
+
+    Args:
+        model: a transformers causal language model, or one wrapped by PEFT.
+        plan: the plan, or its text, such as `0-9 (10-19)x2 20-29`.
+        cache: cache policy, see `loopwise.cache.policy`: own (exact), last, first, ring(k), or a pair prefill/decode.
+        on_deeper: "refuse" or "catch_up", what to do when a call goes deeper than the tokens already in its cache did.
+        loops: iteration counts that replace those of the plan.
+        hooks: called around every visit, see `loopwise.loop.execute.Hook`.
+
+    Raises:
+        ValueError: the plan names layers that do not exist, the model has a plan already, is an encoder-decoder, has no recognisable layer list, or
+            computes something between its layers.
+    """
+    plan = _as_plan(plan)
+    policy = CachePolicy.parse(cache, on_deeper)
+    if loops is not None:
+        plan = plan.with_loops(loops)
+    refuse_encoder_decoder(model)
+    if looping_of(model) is not None:
+        raise ValueError("this model has a plan already: detach it first, or use set_loops to change counts")
+    found, looping = _calibrate(model, plan, policy)
+    if hooks:
+        looping.hooks = list(hooks)
+        with eval_mode(model):
+            looping.axes = learn_axes(model, found.layers)
+    _install(model, found.owner, looping)
+    looping.plan = plan
+    keep_plan_on_save(base_model(model))
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the plan away, in place: the model is what it was before `attach`.
+
+    Raises:
+        ValueError: the model has no plan.
+    """
+    looping = _looping(model)
+    for module in model.modules():
+        _remove_hooks(module, looping)
+        if module.__dict__.get("loopwise") is looping:
+            del module.loopwise
+    base_model(model).__dict__.pop("save_pretrained", None)
+    return model
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """The plan of a model, or None when it has none."""
+    looping = looping_of(model)
+    return None if looping is None else looping.plan
+
+
+def set_loops(model: nn.Module, loops: int | Mapping[str, int] | None = None, **named: int) -> nn.Module:
+    """Change iteration counts from the next call on: `set_loops(model, 4)` or `set_loops(model, core=4)`.
+
+    Raises:
+        ValueError: no such loop (the message suggests the nearest name), a count below 1, or no plan.
+    """
+    looping = _looping(model)
+    looping.plan = looping.plan.with_loops(*(() if loops is None else (loops,)), **named)
+    return model
+
+
+@contextmanager
+def use_loops(model: nn.Module, loops: int | Mapping[str, int] | None = None, **named: int) -> Iterator[nn.Module]:
+    """Change iteration counts within a `with` block, for calls such as `generate` that pass no further arguments on."""
+    looping = _looping(model)
+    plan = looping.plan
+    set_loops(model, loops, **named)
+    try:
+        yield model
+    finally:
+        looping.plan = plan
+
+
+def set_cache(model: nn.Module, policy: str, on_deeper: str = "refuse") -> nn.Module:
+    """Change the cache policy; caches in use keep the policy that they started with. Raises `ValueError` for an unknown policy."""
+    _looping(model).policy = CachePolicy.parse(policy, on_deeper)
+    return model
+
+
+def set_hooks(model: nn.Module, hooks: Sequence[Hook]) -> nn.Module:
+    """Replace the hooks that are called around every visit. The model is run on a few tokens to learn how to slice its arguments."""
+    looping = _looping(model)
+    if hooks and looping.axes is None:
+        with eval_mode(model), _identity(looping, ()):
+            owner = next(m for m in model.modules() if m.__dict__.get("loopwise") is looping)
+            looping.axes = learn_axes(model, owner._modules[looping.name])
+    looping.hooks = list(hooks)
+    return model
+
+
+class PerCallLoops:
+    """Hooks on the model itself: take `loops=` out of a call's arguments and hand it to the decoder for that call."""
+
+    def __init__(self, looping: Looping):
+        self.looping = looping
+
+    def begin(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of the model."""
+        if "loops" not in kwargs:
+            return None
+        kwargs = dict(kwargs)
+        self.looping.loops = kwargs.pop("loops")
+        return args, kwargs
+
+    def end(self, _: nn.Module, __: tuple, ___: Any) -> None:
+        """Forward post-hook of the model, called after errors too."""
+        self.looping.loops = None
+
+
+def _calibrate(model: nn.Module, plan: Plan, policy: CachePolicy) -> tuple[LayerList, Looping]:
+    """Find the layer list and prove on a few tokens that playing the identity plan changes nothing."""
+    reason = "it has no recognisable list of decoder layers"
+    for found in layer_lists(model):
+        try:
+            with eval_mode(model):
+                looping = _try(model, found, policy)
+        except _NotThisList as error:
+            reason = str(error)
+            continue
+        plan.validate(len(found.layers))
+        return found, looping
+    raise ValueError(f"{type(base_model(model)).__name__} cannot be looped: {reason}")
+
+
+class _NotThisList(ValueError):
+    """A candidate is not the decoder's layer list."""
+
+
+def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> Looping:
+    layers = found.layers
+    called: list[int] = []
+    outputs: dict[int, Any] = {}
+
+    def note(index: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            called.append(index)
+            outputs[index] = output
+
+        return hook
+
+    before = _tensor_attributes(layers)
+    handles = [layer.register_forward_hook(note(i)) for i, layer in enumerate(layers)]
+    try:
+        plain = model(**probe_inputs(model)).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    if called != list(range(len(layers))):
+        raise _NotThisList(f"{found.path} is not called once and in order")
+    looping = Looping(
+        name=found.name,
+        plan=Plan.identity(len(layers)),
+        policy=policy,
+        indices=cache_indices(layers),
+        returns=tuple(Returns.of(outputs[i]) for i in range(len(layers))),
+        state_names=_changed_attributes(layers, before),
+    )
+    _put_back(layers, before)
+    _install(model, found.owner, looping)
+    try:
+        with _identity(looping, ()):
+            played = model(**probe_inputs(model)).logits
+    except ValueError as error:
+        raise _NotThisList(str(error)) from error
+    finally:
+        _remove_hooks(model, looping)
+        _remove_hooks(found.owner, looping)
+        del found.owner.loopwise
+        _put_back(layers, before)
+    if not torch.equal(plain, played):
+        raise _NotThisList("its forward does more between the layers than pass the hidden state on")
+    return looping
+
+
+def _install(model: nn.Module, owner: nn.Module, looping: Looping) -> None:
+    owner.loopwise = looping
+    owner.register_forward_pre_hook(looping.begin, with_kwargs=True)
+    owner.register_forward_hook(looping.end, with_kwargs=True, always_call=True)
+    per_call = PerCallLoops(looping)
+    model.register_forward_pre_hook(per_call.begin, with_kwargs=True)
+    model.register_forward_hook(per_call.end, always_call=True)
+
+
+def _remove_hooks(module: nn.Module, looping: Looping) -> None:
+    tables = (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    )
+    for hooks, flags in tables:
+        for key, hook in list(hooks.items()):
+            target = getattr(hook, "__self__", None)
+            if target is looping or (isinstance(target, PerCallLoops) and target.looping is looping):
+                for table in (hooks, *flags):
+                    table.pop(key, None)
+
+
+def _looping(model: nn.Module) -> Looping:
+    looping = looping_of(model)
+    if looping is None:
+        raise ValueError("this model has no plan: use loopwise.attach(model, plan) first")
+    return looping
+
+
+def _as_plan(plan: Plan | str) -> Plan:
+    return plan if isinstance(plan, Plan) else Plan.parse(plan)
+
+
+@contextmanager
+def _identity(looping: Looping, hooks: Sequence[Hook]) -> Iterator[None]:
+    saved = looping.plan, looping.hooks
+    looping.plan, looping.hooks = Plan.identity(len(looping.returns)), list(hooks)
+    try:
+        yield
+    finally:
+        looping.plan, looping.hooks = saved
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient, with every module's mode put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _tensor_attributes(layers: nn.ModuleList) -> list[dict[tuple[str, str], Any]]:
+    """Per layer, (module path, name) -> value of every plain attribute that is a tensor or None."""
+    return [
+        {
+            (path, name): value
+            for path, module in layer.named_modules()
+            for name, value in module.__dict__.items()
+            if value is None or isinstance(value, torch.Tensor)
+        }
+        for layer in layers
+    ]
+
+
+def _changed_attributes(layers: nn.ModuleList, before: list[dict]) -> tuple[tuple[tuple[str, str], ...], ...]:
+    """Per layer, the attributes in which it keeps state on itself; empty when no layer does."""
+    now = _tensor_attributes(layers)
+    changed = tuple(
+        tuple(key for key, value in after.items() if isinstance(value, torch.Tensor) and old.get(key) is not value)
+        for after, old in zip(now, before, strict=True)
+    )
+    return changed if any(changed) else ()
+
+
+def _put_back(layers: nn.ModuleList, before: list[dict]) -> None:
+    for layer, values in zip(layers, before, strict=True):
+        for (path, name), value in values.items():
+            setattr(layer.get_submodule(path), name, value)

@@ -1,0 +1,159 @@
+"""The only gate to transformers' internals.
+
+Everything here answers one question about a model of that library: where its decoder layers are, what a layer returns, which argument is the
+cache, what its text configuration is. Nothing else in loopwise imports a submodule of transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerList:
+    """Where the decoder layers of a model live.
+
+    Attributes:
+        owner: the module whose forward iterates the layers.
+        name: the attribute of `owner` that holds them.
+        layers: the list itself, in order.
+        path: dotted path of the list from the model, such as `model.layers`.
+    """
+
+    owner: nn.Module
+    name: str
+    layers: nn.ModuleList
+    path: str
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, also where an adapter library (PEFT) wraps it.
+
+    Raises:
+        ValueError: there is none inside.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a transformers causal language model, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} contains no transformers model")
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the text decoder (for multimodal models the nested one)."""
+    return base_model(model).config.get_text_config(decoder=True)
+
+
+def layer_lists(model: nn.Module) -> Iterator[LayerList]:
+    """Candidates for the decoder's layer list, best first.
+
+    A list of as many blocks as `num_hidden_layers` says comes before others; among those, one inside the decoder before one of another tower,
+    and larger before smaller. Lists inside a block of another candidate are left out.
+    """
+    inner = base_model(model)
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    found = []
+    for path, owner in model.named_modules():
+        for name, layers in owner.named_children():
+            full = f"{path}.{name}" if path else name
+            nested = any(full.startswith(f"{other.path}.") for other in found)
+            if isinstance(layers, nn.ModuleList) and len(layers) > 0 and not nested:
+                found.append(LayerList(owner=owner, name=name, layers=layers, path=full))
+    sizes = {item.path: sum(p.numel() for p in item.layers.parameters()) for item in found}
+    found.sort(key=lambda item: (len(item.layers) != count, item.owner not in inside, -sizes[item.path]))
+    yield from (item for item in found if sizes[item.path])
+
+
+def layer_list(model: nn.Module) -> LayerList:
+    """The decoder layers of a model: the one attached, or else the best candidate.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, or has no recognisable layer list.
+    """
+    refuse_encoder_decoder(model)
+    candidates = list(layer_lists(model))
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no recognisable list of decoder layers")
+    return next((item for item in candidates if hasattr(item.owner, "loopwise")), candidates[0])
+
+
+def refuse_encoder_decoder(model: nn.Module) -> None:
+    """Raise `ValueError` for models with an encoder in front of the decoder."""
+    if getattr(base_model(model).config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoders can be looped")
+
+
+def cache_indices(layers: nn.ModuleList) -> tuple[tuple[int, ...], ...]:
+    """For every layer, the cache entries that it addresses (most layers one, LongCat's two attentions two)."""
+    groups = []
+    for i, layer in enumerate(layers):
+        found = {m.layer_idx for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+        groups.append(tuple(sorted(found)) or (i,))
+    return tuple(groups)
+
+
+def find_cache(values: Any) -> Cache | None:
+    """The cache among some arguments, or None.
+
+    Raises:
+        ValueError: it is of a kind that has no entry per layer (encoder-decoder).
+    """
+    for value in values:
+        if isinstance(value, EncoderDecoderCache):
+            raise ValueError("an encoder-decoder cache cannot hold a looped decoder: pass a DynamicCache or StaticCache")
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def new_cache(model: nn.Module) -> Cache:
+    """An empty growing cache for a model."""
+    return DynamicCache(config=text_config(model))
+
+
+def input_entry() -> Any:
+    """A cache entry that holds the inputs of a decoder in the place of keys and values."""
+    return DynamicLayer()
+
+
+def past_length(cache: Cache) -> int:
+    """Number of tokens in a cache that has not been laid out by loopwise, 0 when it is unused."""
+    lengths = [0]
+    for entry in cache.layers:
+        if getattr(entry, "keys", None) is not None:
+            lengths.append(int(entry.get_seq_length()))
+        elif any(getattr(entry, "has_previous_state", {}).values()):
+            lengths.append(1)
+    return max(lengths)
+
+
+def probe_inputs(model: nn.Module, num_rows: int = 2, num_tokens: int = 5) -> dict[str, torch.Tensor]:
+    """A few tokens to try a model on: `input_ids` int64 `[num_rows, num_tokens]`, on its device."""
+    config = text_config(model)
+    limit = max(2, min(getattr(config, "vocab_size", 64), 64))
+    device = next(model.parameters()).device
+    ids = (torch.arange(num_rows * num_tokens, device=device) * 7 + 3) % limit
+    return {"input_ids": ids.view(num_rows, num_tokens)}
+
+
+def build_model(like: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """A model of the same class, attention implementation, dtype and device as `like`, from another configuration (weights to be filled in)."""
+    config._attn_implementation = like.config._attn_implementation
+    text = config.get_text_config(decoder=True)
+    text._attn_implementation = like.config.get_text_config(decoder=True)._attn_implementation
+    parameter = next(like.parameters())
+    twin = type(like)._from_config(config, dtype=parameter.dtype).to(parameter.device)
+    if getattr(like, "generation_config", None) is not None:
+        twin.generation_config = copy.deepcopy(like.generation_config)
+    return twin

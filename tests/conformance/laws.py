@@ -1,0 +1,291 @@
+"""The laws of the library as functions of a tiny model: each raises `AssertionError` with the measured number when the law does not hold.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+import loopwise
+from loopwise.models.hub import cache_indices, layer_list, text_config
+
+NEW_TOKENS = 8
+TOLERANCE = 1e-5  # times the largest logit: attention kernels differ by a few 1e-7 with shape
+
+
+def looping_plan(num_layers: int) -> str:
+    """Prelude, a looped core that holds every block pattern of the tiny configurations, coda."""
+    if num_layers == 1:
+        return "core:(0)x2"
+    if num_layers == 2:
+        return "0 core:(1)x2"
+    return f"0 core:(1-{num_layers - 2})x2 {num_layers - 1}"
+
+
+def odd_plan(num_layers: int) -> str:
+    """Overlapping visits, a nested loop, the last layer before the first."""
+    last = num_layers - 1
+    return f"{last} 0-{last} a:(b:(0-{last // 2})x2 {last})x2"
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: float = TOLERANCE) -> float:
+    """Largest difference over the largest value, at most `tolerance`; infinities must agree."""
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)} against {tuple(want.shape)}"
+    finite = torch.isfinite(want)
+    assert torch.equal(finite, torch.isfinite(got)), f"{what}: not finite at other places"
+    if not finite.any():
+        return 0.0
+    scale = max(want[finite].abs().max().item(), 1e-30)
+    error = (got[finite] - want[finite]).abs().max().item() / scale
+    assert error <= tolerance, f"{what}: relative difference {error:.2g}"
+    return error
+
+
+def identity(model: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    """Law 1: under the identity plan logits, gradients and generations are bit for bit those without a plan."""
+    want = _logits(model, ids_BT), _gradients(model, ids_BT), _generate(model, ids_BT)
+    loopwise.attach(model, f"0-{len(layer_list(model).layers) - 1}")
+    try:
+        got = _logits(model, ids_BT), _gradients(model, ids_BT), _generate(model, ids_BT)
+    finally:
+        loopwise.detach(model)
+    assert torch.equal(want[0], got[0]), "identity: logits differ"
+    assert all(torch.equal(a, b) for a, b in zip(want[1], got[1], strict=True)), "identity: gradients differ"
+    assert torch.equal(want[2], got[2]), "identity: generations differ"
+
+
+def unrolling(looped: PreTrainedModel, plain: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    """Law 2: a plan equals the model whose layers were copied in visit order; a looped layer's gradient is the sum over its copies."""
+    assert_close(_logits(looped, ids_BT), _logits(plain, ids_BT), "unrolled logits")
+    _gradients(looped, ids_BT), _gradients(plain, ids_BT)
+    path = layer_list(plain).path
+    sums: dict[str, torch.Tensor] = {}
+    layers = loopwise.plan_of(looped).layers
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        if parameter.grad is None:
+            continue
+        if name.startswith(f"{path}."):
+            index, _, rest = name.removeprefix(f"{path}.").partition(".")
+            name = f"{path}.{layers[int(index)]}.{rest}"
+        sums[name] = sums.get(name, torch.zeros(())) + parameter.grad
+    for name, parameter in looped.named_parameters(remove_duplicate=False):
+        if parameter.grad is not None:
+            assert_close(parameter.grad, sums[name], f"gradient of {name}", 1e-4)
+    looped.zero_grad()
+    plain.zero_grad()
+
+
+def copied(model: PreTrainedModel, plan: loopwise.Plan) -> PreTrainedModel:
+    """A patched copy whose layer list holds copies in visit order: an oracle for the forward without a cache."""
+    twin = copy.deepcopy(model)
+    found = layer_list(twin)
+    config = text_config(twin)
+    num_layers = len(found.layers)
+    found.owner._modules[found.name] = nn.ModuleList(copy.deepcopy(found.layers[i]) for i in plan.layers)
+    for module in twin.modules():
+        inner = getattr(module, "config", None)
+        inner = inner.get_text_config(decoder=True) if inner is not None and hasattr(inner, "get_text_config") else None
+        if inner is None or inner.__dict__.get("_unrolled"):
+            continue
+        for key, value in list(inner.__dict__.items()):
+            if isinstance(value, (list, tuple)) and len(value) == num_layers and key != "architectures":
+                inner.__dict__[key] = [value[i] for i in plan.layers]
+            elif value == num_layers and key in _COUNTS:
+                inner.__dict__[key] = plan.num_slots
+        inner.__dict__["_unrolled"] = True
+    del config
+    return twin
+
+
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+
+
+def caching(looped: PreTrainedModel, plain: PreTrainedModel | None, ids_BT: torch.Tensor) -> str:
+    """Law 3: cached generation equals full recomputation, or, where plain transformers itself does not, the unrolled model.
+
+    Returns how it was shown.
+    """
+    cached, full = _scores(looped, ids_BT, True), _scores(looped, ids_BT, False)
+    try:
+        assert_close(cached, full, "cached against recomputed")
+        shown = "recomputed"
+    except AssertionError:
+        if plain is None:
+            raise
+        assert_close(cached, _scores(plain, ids_BT, True), "cached against the unrolled model's cached")
+        shown = "unrolled"
+    if plain is not None:
+        assert torch.equal(_generate(looped, ids_BT), _generate(plain, ids_BT)), "greedy tokens differ from the unrolled model's"
+    return shown
+
+
+def chunked_prefill(looped: PreTrainedModel, plain: PreTrainedModel | None, ids_BT: torch.Tensor) -> None:
+    """Law 3: a prompt in two pieces, then single tokens, gives the logits of one piece (or of the unrolled model in the same pieces)."""
+    want = _logits(looped, ids_BT)
+    got = _in_pieces(looped, ids_BT)
+    if got is None:
+        return
+    try:
+        assert_close(got, want, "prefill in pieces")
+    except AssertionError:
+        if plain is None:
+            raise
+        assert_close(got, _in_pieces(plain, ids_BT), "prefill in pieces against the unrolled model")
+
+
+def left_padding(looped: PreTrainedModel, plain: PreTrainedModel | None, ids_BT: torch.Tensor) -> None:
+    """Law 3: rows padded on the left generate what the unrolled model generates, and decode as they recompute."""
+    mask = torch.ones_like(ids_BT)
+    mask[0, :3] = 0
+    got = _generate(looped, ids_BT, attention_mask=mask)
+    if plain is not None:
+        assert torch.equal(got, _generate(plain, ids_BT, attention_mask=mask)), "left-padded batch: tokens differ from the unrolled model's"
+    else:
+        assert torch.equal(got, _generate(looped, ids_BT, attention_mask=mask, use_cache=False)), "left-padded batch: cached tokens differ"
+
+
+@torch.no_grad()
+def loop_counts(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    """Law 3: fewer loops than the tokens in the cache had runs; more is refused, or caught up exactly."""
+    cache = _prefill(looped, ids_BT[:, :-2], loops=2)
+    if cache is None:
+        return
+    fewer = looped(ids_BT[:, -2:-1], past_key_values=cache, use_cache=True, loops=1).logits
+    assert torch.isfinite(fewer).all()
+    try:
+        looped(ids_BT[:, -1:], past_key_values=cache, use_cache=True, loops=2)
+    except ValueError as error:
+        assert "deeper" in str(error), str(error)
+    else:
+        raise AssertionError("a call deeper than its cache was not refused")
+    loopwise.set_cache(looped, "own", on_deeper="catch_up")
+    try:
+        cache = _prefill(looped, ids_BT[:, :-1], loops=1)
+        got = looped(ids_BT[:, -1:], past_key_values=cache, use_cache=True, loops=2).logits
+        reference = _prefill(looped, ids_BT[:, :-1], loops=2)
+        want = looped(ids_BT[:, -1:], past_key_values=reference, use_cache=True, loops=2).logits
+    except ValueError as error:
+        assert "not available" in str(error), str(error)
+        return
+    finally:
+        loopwise.set_cache(looped, "own")
+    assert_close(got, want, "caught up")
+
+
+def round_trip(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    """Law 4: saved and loaded through the Auto class, the logits are bit for bit the same, and so is the plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        looped.save_pretrained(folder)
+        again = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert loopwise.plan_of(again) == loopwise.plan_of(looped), "round trip: another plan"
+        assert type(again) is type(looped), f"round trip: {type(again).__name__}"
+        assert torch.equal(_logits(again, ids_BT), _logits(looped, ids_BT)), "round trip: logits differ"
+
+
+def causality(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    """Law 7: another last token does not change earlier logits."""
+    other = ids_BT.clone()
+    other[:, -1] = (other[:, -1] + 5) % 50 + 2
+    assert_close(_logits(looped, other)[:, :-1], _logits(looped, ids_BT)[:, :-1], "causality", 1e-6)
+
+
+def batch_independence(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    """Law 8: a row alone gives what it gives in a batch."""
+    assert_close(_logits(looped, ids_BT[:1]), _logits(looped, ids_BT)[:1], "a row alone")
+
+
+def deep_copy(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+    """A deep copy runs the plan, on tensors of its own."""
+    twin = copy.deepcopy(looped)
+    assert torch.equal(_logits(twin, ids_BT), _logits(looped, ids_BT)), "deep copy: logits differ"
+    with torch.no_grad():
+        for parameter in layer_list(looped).layers.parameters():
+            parameter.mul_(1.5)
+    try:
+        assert not torch.equal(_logits(twin, ids_BT), _logits(looped, ids_BT)), "deep copy: shares tensors"
+    finally:
+        with torch.no_grad():
+            for parameter in layer_list(looped).layers.parameters():
+                parameter.div_(1.5)
+
+
+@contextlib.contextmanager
+def attached(model: PreTrainedModel, plan: str) -> Iterator[PreTrainedModel]:
+    """A model with a plan for the length of a block."""
+    loopwise.attach(model, plan)
+    try:
+        yield model
+    finally:
+        loopwise.detach(model)
+
+
+def _logits(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids_BT).logits
+
+
+def _gradients(model: PreTrainedModel, ids_BT: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    with torch.enable_grad():
+        logits = model(ids_BT, use_cache=False).logits
+        weights = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+        (logits * weights).sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def _generate(model: PreTrainedModel, ids_BT: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options |= {"attention_mask": torch.ones_like(ids_BT)}
+    return model.generate(ids_BT, **(options | kwargs))
+
+
+def _scores(model: PreTrainedModel, ids_BT: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    """Logits of generated positions `[B, NEW_TOKENS, V]` along the greedy path of the cached model."""
+    out = model.generate(
+        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0,
+        use_cache=use_cache, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    return torch.stack(out.logits, dim=1)
+
+
+def _prefill(model: PreTrainedModel, ids_BT: torch.Tensor, loops: int) -> DynamicCache | None:
+    cache = DynamicCache(config=text_config(model))
+    with torch.no_grad():
+        output = model(ids_BT, past_key_values=cache, use_cache=True, loops=loops)
+    return cache if getattr(output, "past_key_values", None) is cache else None
+
+
+def _in_pieces(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor | None:
+    cache = DynamicCache(config=text_config(model))
+    parts = []
+    start = 0
+    with torch.no_grad():
+        for size in (3, ids_BT.shape[1] - 5, 1, 1):
+            piece = ids_BT[:, start : start + size]
+            positions = torch.arange(start, start + size)[None]
+            output = model(piece, past_key_values=cache, use_cache=True, **_positions(model, positions))
+            if getattr(output, "past_key_values", None) is not cache:
+                return None
+            parts.append(output.logits)
+            start += size
+    return torch.cat(parts, dim=1)
+
+
+def _positions(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    import inspect
+
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    return {"position_ids": positions} if takes else {}
+
+
+Law = Callable[..., object]
+__all__ = [name for name in dir() if not name.startswith("_")]
+del cache_indices
