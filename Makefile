@@ -38,7 +38,7 @@ types: $(STAMPS)/package ## pyright
 	$(BIN)/pyright
 
 conformance: $(STAMPS)/package ## re-run the laws over every causal model type and rewrite the committed table
-	$(ONE_THREAD) $(PY) -m loopwise.recipes.conformance
+	$(ONE_THREAD) $(PY) tests/conformance/run.py --write
 
 bench: $(STAMPS)/package $(STAMPS)/demo ## run the benchmarks; a missed target fails
 	for script in benchmarks/*.py; do $(PY) $$script || exit 1; done

@@ -29,7 +29,8 @@ def test_loops(text: str | None, counts: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "-1", "1.5", "x", "core=", "=4", "core=0", "a=1,a=2", "4,5", "a=1,4", "a=1,", "٣", "9" * 5000, "00"]
+    "text",
+    ["", "0", "-1", "1.5", "x", "core=", "=4", "core=0", "a=1,a=2", "4,5", "a=1,4", "a=1,", "٣", "9" * 5000, "00"],
 )
 def test_bad_loops(text: str) -> None:
     with pytest.raises(ValueError, match="^--loops "):
@@ -99,7 +100,15 @@ def test_check_writable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (999, "999"), (1000, "1.00 k"), (134515008, "135 M"), (99960, "100 k"), (2.5e12, "2.50 T"), (1.5, "1.5")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (134515008, "135 M"),
+        (99960, "100 k"),
+        (2.5e12, "2.50 T"),
+        (1.5, "1.5"),
+    ],
 )
 def test_amount(value: float, text: str) -> None:
     assert common.amount(value) == text

@@ -19,11 +19,11 @@ PLAN = "0 core:(1-2)x2 3"
 PLAIN_LOGITS = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, path = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-ids = AutoTokenizer.from_pretrained(folder)("A visit of a layer", return_tensors="pt")["input_ids"]
-with torch.no_grad():
-    torch.save(model(ids).logits, path)
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = AutoTokenizer.from_pretrained(folder)("A visit of a layer", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.save(model(ids).logits, folder + ".pt")
 assert "loopwise" not in sys.modules
 """
 
@@ -55,19 +55,19 @@ def test_loopwise_format_carries_its_plan(run: Run, saved_model: Path, tmp_path:
     assert "plan  0 core:(1-2)x3 3" in out
 
 
-@pytest.mark.parametrize("format", ["auto_map", "unroll"])
-def test_other_formats_load_without_loopwise(
-    run: Run, saved_model: Path, tmp_path: Path, looped_logits, format: str
-) -> None:
+def test_other_formats_load_without_loopwise(run: Run, saved_model: Path, tmp_path: Path, looped_logits) -> None:
     import torch
 
-    code, _, err = run("export", saved_model, tmp_path / "out", "--plan", PLAN, "--format", format)
-    assert (code, err) == (0, "")
+    folders = [str(tmp_path / format) for format in ("auto_map", "unroll")]
+    for folder, format in zip(folders, ("auto_map", "unroll"), strict=True):
+        code, _, err = run("export", saved_model, folder, "--plan", PLAN, "--format", format)
+        assert (code, err) == (0, "")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", PLAIN_LOGITS, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-c", PLAIN_LOGITS, *folders]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), looped_logits[1])
+    for folder in folders:
+        assert torch.equal(torch.load(f"{folder}.pt"), looped_logits[1]), folder
 
 
 def test_the_tokenizer_goes_along_unless_told_not_to(run: Run, saved_model: Path, tmp_path: Path) -> None:
@@ -103,6 +103,7 @@ def test_a_full_folder_is_left_alone(refused: Callable[..., str], saved_model: P
         (["--plan", "0-9"], "layer 4 does not exist"),
         (["--plan", "0 (1-2)x"], "bad plan"),
         (["--plan", PLAN, "--loops", "cor=2"], "did you mean core"),
+        ([], "--plan"),
     ],
 )
 def test_bad_input_writes_nothing(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loopwise.cli.inspect import inspect_model, report_text
+from loopwise.cli.main import main
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -45,7 +49,7 @@ def test_the_text_names_what_is_visited(model) -> None:
     assert lines[0] == "LlamaForCausalLM (llama), 4 layers at model.layers"
     assert any(line.startswith("1 ") and line.endswith("visited 2 times") for line in lines)
     assert any(line.startswith("2 ") and line.endswith("not visited") for line in lines)
-    assert "┌ core x2" in lines
+    assert any(line.startswith("+- core x2") for line in lines)
     assert "slots         4, over 3 of 4 layers" in lines
 
 
@@ -93,6 +97,36 @@ def test_a_source_that_is_not_a_model(refused: Callable[..., str], tmp_path: Pat
     (tmp_path / "file.txt").write_text("text", encoding="utf-8")
     (tmp_path / "random.gguf").write_bytes(b"not a model")
     assert name in refused("inspect", tmp_path / name)
+
+
+PLAIN_CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+WRONG_VALUES = (
+    st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=8) | st.lists(st.integers(), max_size=2)
+)
+
+
+@given(
+    config=st.binary(max_size=60)
+    | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))
+    | st.builds(
+        lambda key, value: json.dumps(PLAIN_CONFIG | {key: value}).encode(),
+        st.sampled_from([*PLAIN_CONFIG, "loopwise_plan", "plan", "base_config", "architectures", "dtype"]),
+        WRONG_VALUES,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_no_config_file_ends_in_a_traceback(config: bytes) -> None:
+    # The folder holds no weights, so whatever the config says, the answer is no.
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(config)
+        assert main(["inspect", folder]) == 2
 
 
 def test_an_encoder_decoder_is_refused(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_rows_are_the_loss_of_the_model_under_the_plan(loaded, text_file: Path) 
         assert row["tokens"] == 39
     assert rows[0]["perplexity"] == rows[1]["perplexity"] != rows[2]["perplexity"]
     assert rows[2]["flops_per_token"] > rows[0]["flops_per_token"] > rows[3]["flops_per_token"]
-    assert [row["slots"] for row in rows] == [4, 4, 6, 2]
+    assert [row["num_slots"] for row in rows] == [4, 4, 6, 2]
 
 
 def test_the_models_own_plan_is_the_first_row_and_comes_back(loaded) -> None:
@@ -68,7 +68,7 @@ def test_the_models_own_plan_is_the_first_row_and_comes_back(loaded) -> None:
 def test_a_bad_plan_stops_everything_before_anything_is_scored(loaded) -> None:
     model, tokenizer = loaded
     scored: list[str] = []
-    with pytest.raises(ValueError, match="layer 7 does not exist"):
+    with pytest.raises(ValueError, match="layer 4 does not exist"):
         score_plans(
             model,
             encode_text(tokenizer, "A visit of a layer"),
@@ -86,7 +86,7 @@ def test_command(run: Run, saved_model: Path, text_file: Path, tmp_path: Path) -
     code, out, err = run("score", saved_model, text_file, *plans, *sizes, "--json", data, "--png", png)
     assert code == 0, err
     result = json.loads(data.read_text(encoding="utf-8"))
-    assert [row["slots"] for row in result["rows"]] == [4, 4, 6, 4, 5]
+    assert [row["num_slots"] for row in result["rows"]] == [4, 4, 6, 4, 5]
     assert result["rows"][0]["tokens"] == 59
     assert result["versions"]["torch"]
     assert png.read_bytes().startswith(b"\x89PNG")

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plan_strategies import covering_plans, plans
+from tests.plan.plan_strategies import covering_plans, plans
 
 from loopwise.plan import Edit, Plan, PlanError, drop, insert, loop, repeat, tie, unroll, untie
 
@@ -126,6 +126,7 @@ def test_examples(result, text):
         (lambda: loop("0-9", 5, 10, 2), "not visited one after the other"),
         (lambda: loop("(0-9)x2", 5, 6, 2), "not visited one after the other"),
         (lambda: loop("0-1 (2 4)x2 5", 2, 4, 2), "not visited one after the other"),
+        (lambda: loop("0-1 3-4", 0, 4, 2), "not visited one after the other"),
         (lambda: loop("0-9", 5, 4, 2), "backwards"),
         (lambda: loop("0-9", 4, 5, 0), "between 1"),
         (lambda: loop("a:(0)x2 1-4", 2, 3, 2, "a"), "used twice"),

@@ -6,7 +6,7 @@ import time
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from plan_strategies import plans
+from tests.plan.plan_strategies import plans
 
 from loopwise.plan import MAX_SLOTS, Plan, PlanError
 

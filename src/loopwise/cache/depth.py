@@ -1,11 +1,12 @@
 """The depth cache: one store of keys and values (or recurrent state) per visit, inside a transformers cache.
 
-A transformers cache holds one entry per *layer*; a plan needs one per *visit*. `DepthCache` rebuilds the entries of a cache in place, on its
-first use, and remembers which entry belongs to which slot. Everything transformers does to all entries (beam reorder, crop, batch operations,
-reset, deepcopy, offload) then does the right thing without knowing.
+A transformers cache holds one entry per *layer*; a plan needs one per *visit*. `DepthCache` rebuilds the entries of a
+cache in place, on its first use, and remembers which entry belongs to which slot. Everything transformers does to all
+entries (beam reorder, crop, batch operations, reset, deepcopy, offload) then does the right thing without knowing.
 
-Order of the entries: the model's own code outside its layers asks single entries for lengths and mask sizes, by physical layer number or as the
-first entry of a kind. So entry i is layer i's first visit wherever layer i is visited; places of dropped layers are filled from the other visits.
+Order of the entries: the model's own code outside its layers asks single entries for lengths and mask sizes, by
+physical layer number or as the first entry of a kind. So entry i is layer i's first visit wherever layer i is visited;
+places of dropped layers are filled from the other visits.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from loopwise.plan.nodes import Slot
 
 
 class DepthCache:
-    """Bookkeeping of a transformers cache whose entries are stores. Reached as `cache.depth`; `cache.slots` is its `index`.
+    """Bookkeeping of a transformers cache whose entries are stores. Reached as `cache.depth`.
 
     Attributes:
-        index: (store key, cache index of the layer) -> position in `cache.layers`.
+        slots: store key (under policy own, the slot's key) -> position in `cache.layers`; also reached as
+            `cache.slots`.
+        index: (store key, cache index of the layer) -> position in `cache.layers`, for layers with several entries.
         complete: the stores that every call so far has visited, or None before the first call.
         module_state: store key -> recurrent state of layers that keep it on themselves instead of in the cache.
         inputs: an entry with the inputs of all tokens, kept for catching up, or None.
@@ -39,18 +42,23 @@ class DepthCache:
             entries += [cache.layer_class_to_replicate() for _ in range(size - len(entries))]
         self.pristine = entries
         self.index: dict[tuple[StoreKey, int], int] = {}
+        self.slots: dict[StoreKey, int] = {}
         self.sharing = policy.prefill
         self.complete: frozenset | None = None
         self.module_state: dict[StoreKey, list] = {}
         self.inputs: Any = None
+        self._by_layer: list[Any] = []
         self._snapshots: dict[int, dict] = {}
         self._written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def begin(self, cache: Any, slots: Sequence[Slot], *, decoding: bool) -> None:
-        """Prepare for a call that visits `slots`: lay the entries out on first use, switch to the decode half of the policy.
+        """Prepare for a call that visits `slots`.
+
+        Lays the entries out on first use, and switches to the decode half of the policy at the first single token.
 
         Raises:
-            ValueError: a slot is visited that earlier tokens in this cache did not visit, under a policy that refuses that.
+            ValueError: a slot is visited that earlier tokens in this cache did not visit, under a policy that refuses
+                that.
         """
         if self.complete is not None and not decoding and self._was_reset(cache):
             self.clear(cache)
@@ -58,7 +66,8 @@ class DepthCache:
             self._lay_out(cache, slots)
         elif decoding and self.sharing != self.policy.decode:
             self._switch(cache, self.policy.decode)
-        self._snapshots, self._written = {}, {}
+        # Views share this list by layer index, so that a layer which reads another layer's store sees its latest visit.
+        self._by_layer, self._snapshots, self._written = list(self.pristine), {}, {}
         visited = frozenset(self.sharing.store(slot) for slot in slots)
         if self.complete is not None and not visited <= self.complete:
             raise ValueError(
@@ -77,7 +86,7 @@ class DepthCache:
     def clear(self, cache: Any) -> None:
         """Forget all tokens and the layout; the next call lays the entries out anew."""
         cache.layers[:] = copy.deepcopy(self.pristine)
-        self.index.clear()
+        self._number([])
         self.module_state.clear()
         self.sharing, self.complete = self.policy.prefill, None
 
@@ -103,32 +112,33 @@ class DepthCache:
             self._by_layer[i] = entry
         return view
 
-    def start_views(self) -> None:
-        """Begin a sequence of views. They share one list by layer index, so a layer that reads another layer's store sees its latest visit."""
-        self._by_layer = list(self.pristine)
-
-    def end_views(self) -> None:
+    def end(self) -> None:
         """Drop what only the running call needs."""
         self._by_layer, self._snapshots, self._written = [], {}, {}
 
-    def __deepcopy__(self, memo: dict) -> DepthCache:
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        for name, value in self.__dict__.items():
-            setattr(twin, name, copy.deepcopy(value, memo))
-        return twin
-
     def _lay_out(self, cache: Any, slots: Sequence[Slot]) -> None:
-        stores = {(self.sharing.store(slot), i): None for slot in slots for i in self.indices[slot.layer] if i < len(self.pristine)}
+        stores = {
+            (self.sharing.store(slot), i): None
+            for slot in slots
+            for i in self.indices[slot.layer]
+            if i < len(self.pristine)
+        }
         if self.sharing.kind != "own":
             _refuse_unshareable([self.pristine[i] for _, i in stores])
         order = self._order(stores)
         cache.layers[:] = [copy.deepcopy(self.pristine[i]) for _, i in order]
         cache.layer_class_to_replicate = None
-        self.index.update({store: place for place, store in enumerate(order)})
+        self._number(order)
+
+    def _number(self, order: Sequence[tuple[StoreKey, int]]) -> None:
+        self.index.clear()
+        self.slots.clear()
+        for place, (store, i) in enumerate(order):
+            self.index[store, i] = place
+            self.slots.setdefault(store, place)
 
     def _order(self, stores: Iterable[tuple[StoreKey, int]]) -> list[tuple[StoreKey, int]]:
-        """Entry i is layer i's first store; then the places of dropped layers are filled, same kind of entry first; then the rest follow."""
+        """Entry i is layer i's first store; the places of dropped layers are filled from others of the same kind."""
         places: list[tuple[StoreKey, int] | None] = [None] * len(self.pristine)
         extra = []
         for store in stores:
@@ -159,8 +169,7 @@ class DepthCache:
         _refuse_unshareable([entries[place] for place in kept.values()])
         order = self._order(kept)
         cache.layers[:] = [entries[kept[store]] for store in order]
-        self.index.clear()
-        self.index.update({store: place for place, store in enumerate(order)})
+        self._number(order)
         self.sharing, self.complete = sharing, frozenset(store for store, _ in order)
 
     def _shared(self, place: int, entry: Any, slot: Slot) -> Any:
@@ -210,5 +219,6 @@ def _refuse_unshareable(entries: Iterable[Any]) -> None:
     for entry in entries:
         if hasattr(entry, "recurrent_states") or not hasattr(entry, "keys") or getattr(entry, "is_compileable", False):
             raise ValueError(
-                f"cache policies last, first and ring need growing attention caches, this model uses {type(entry).__name__}: use policy own"
+                f"cache policies last, first and ring need growing attention caches, this model uses "
+                f"{type(entry).__name__}: use policy own"
             )

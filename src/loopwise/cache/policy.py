@@ -3,12 +3,13 @@
 | kind | iteration i reads and writes | exact |
 |---|---|---|
 | own | its own store | yes |
-| ring(k) | store i mod k: earlier tokens are seen as their last iteration congruent to i left them | no |
-| last | ring(1): earlier tokens are seen as their last iteration left them (Ouro's decoding, arXiv 2510.25741) | no |
-| first | the keys and values of iteration 0, the current tokens' included (MoR's recursive sharing, arXiv 2507.10524) | no |
+| ring(k) | store i mod k: earlier tokens as their last iteration congruent to i left them | no |
+| last | ring(1): earlier tokens as their last iteration left them (Ouro's decoding, 2510.25741) | no |
+| first | the keys and values of iteration 0, the current tokens' too (recursive sharing, MoR 2507.10524) | no |
 
-A policy is a pair (prefill, decode). `last` and `ring` make a token read what *later* iterations of earlier tokens wrote, so their prefill goes
-position by position; `own/last` prefills exactly in parallel and keeps only the last iteration from the first decoded token on.
+A policy is a pair (prefill, decode). `last` and `ring` make a token read what *later* iterations of earlier tokens
+wrote, so their prefill goes position by position; `own/last` prefills exactly in parallel and keeps only the last
+iteration from the first decoded token on.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Sharing:
             return cls(kind="ring", size=1)
         match = re.fullmatch(r"ring\(([0-9]{1,6})\)", text)
         if match is None or int(match[1]) < 1:
-            raise ValueError(f"cache policy {text!r} is unknown: use own, last, first, ring(k) with k >= 1, or prefill/decode such as own/last")
+            raise ValueError(
+                f"cache policy {text!r} is unknown: use own, last, first, ring(k), or a pair such as own/last"
+            )
         return cls(kind="ring", size=int(match[1]))
 
     def __str__(self) -> str:
@@ -68,7 +71,8 @@ class CachePolicy:
     Attributes:
         prefill: sharing while several tokens are computed in one call.
         decode: sharing from the first single-token call on.
-        on_deeper: what to do when a call visits slots that earlier tokens of the cache did not: "refuse", or "catch_up", which
+        on_deeper: what to do when a call visits slots that earlier tokens of the cache did not: "refuse", or
+            "catch_up", which
             recomputes the earlier tokens at the new depth (exact).
     """
 
@@ -80,7 +84,9 @@ class CachePolicy:
         if self.on_deeper not in ("refuse", "catch_up"):
             raise ValueError(f"on_deeper is {self.on_deeper!r}: use 'refuse' or 'catch_up'")
         if self.prefill != self.decode and self.prefill.kind != "own":
-            raise ValueError("a cache policy pair must start with own, such as own/last: other prefills fix the decoding")
+            raise ValueError(
+                "a cache policy pair must start with own, such as own/last: other prefills fix the decoding"
+            )
         if self.on_deeper == "catch_up" and not self.is_exact:
             raise ValueError("on_deeper='catch_up' goes with cache policy own: shared stores need no catching up")
 

@@ -63,4 +63,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     out.print(table)
     passing = sum(row["status"] == "pass" for row in rows)
     exporting = sum(bool(row["materializes"]) for row in rows)
-    out.print(f"\n{len(rows)} model types: {passing} loop, {exporting} of them materialise, {len(rows) - passing} refused")
+    out.print(
+        f"\n{len(rows)} model types: {passing} loop, {exporting} of them materialise, {len(rows) - passing} refused"
+    )

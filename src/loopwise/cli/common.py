@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+import loopwise
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,11 +43,9 @@ def load_model(source: Source, plan: str | Plan | None = None) -> Any:
     Raises:
         ValueError: the source is not a model, the plan does not fit it, or the device does not exist.
     """
+    quiet_libraries()
     import torch
 
-    import loopwise
-
-    quiet_libraries()
     device = pick_device(source.device)
     dtype = None if source.dtype == "auto" else getattr(torch, source.dtype)
     return loopwise.load(source.source, plan=plan, dtype=dtype).to(device).eval()
@@ -69,6 +69,9 @@ def quiet_libraries() -> None:
     """Keep advice and progress bars of libraries out of the command's output; errors still show."""
     import warnings
 
+    if not sys.stderr.isatty():
+        # Read when tqdm is first imported, and the only switch for the bar of the GGUF reader.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -88,7 +91,9 @@ def parse_loops(text: str | None) -> int | dict[str, int] | None:
     counts: dict[str, int] = {}
     for item in text.split(","):
         name, equals, count = (part.strip() for part in item.rpartition("="))
-        if not (count.isascii() and count.isdigit() and 0 < int(count[:9]) and len(count) < 9) or bool(equals) != bool(name):
+        if not (count.isascii() and count.isdigit() and 0 < int(count[:9]) and len(count) < 9) or bool(equals) != bool(
+            name
+        ):
             raise ValueError(f"--loops {text!r}: write a count from 1 such as 4, or names with counts such as core=4")
         if name in counts:
             raise ValueError(f"--loops {text!r}: {name or 'the count'} is given twice")
@@ -118,8 +123,6 @@ def planned(plan: str | Plan | None, loops: str | None) -> Plan | None:
 
 def set_own_loops(model: Any, loops: str | None) -> None:
     """Set the loop counts of the plan that a loaded model carries; ValueError when it carries none."""
-    import loopwise
-
     counts = parse_loops(loops)
     if counts is None:
         return

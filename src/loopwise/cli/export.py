@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+import loopwise
 from loopwise.cli import common
 
 Format = Literal["loopwise", "auto_map", "unroll"]
@@ -59,18 +60,18 @@ def export(model: Any, dst: Path | str, *, format: Format = "loopwise", tokenize
     """Write a model as folder `dst`, whole or not at all: a neighbouring folder is filled, then renamed.
 
     Args:
-        model: an attached model (a plain one too, for `unroll`).
+        model: an attached model.
         dst: the folder; new or empty.
         format: see `loopwise.save`.
         tokenizer: a transformers tokenizer to put beside the weights.
 
     Raises:
-        ValueError: `dst` is taken, or the model cannot be written in this format.
+        ValueError: `dst` is taken, the model has no plan, or it cannot be written in this format.
     """
-    import loopwise
-
     dst = Path(dst)
     check_destination(dst)
+    if loopwise.plan_of(model) is None:
+        raise ValueError("the model has no plan to export: give one with --plan")
     temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.absolute().parent))
     try:
         folder = temporary / "model"
@@ -87,8 +88,6 @@ def export(model: Any, dst: Path | str, *, format: Format = "loopwise", tokenize
 
 
 def _tokenizer(source: str) -> Any:
-    import loopwise
-
     try:
         return loopwise.load_tokenizer(source)
     except (ValueError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
+import loopwise
 from loopwise.cli import common
 
 
@@ -42,7 +43,7 @@ class Generate(common.Source):
         check_sampling(self.max_new_tokens, self.temperature)
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         common.quiet_libraries()
-        tokenizer = _tokenizer(self.source)
+        tokenizer = loopwise.load_tokenizer(self.source)
         input_ids = encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
         model = common.load_model(self, plan)
         if plan is None:
@@ -62,12 +63,6 @@ class Generate(common.Source):
         print()
         count = len(text_ids)
         print(f"{count} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
-
-
-def _tokenizer(source: str) -> Any:
-    import loopwise
-
-    return loopwise.load_tokenizer(source)
 
 
 def check_sampling(max_new_tokens: int, temperature: float) -> None:
@@ -135,8 +130,6 @@ def generate(
         ValueError: a setting makes no sense, or a cache policy for a model without a plan.
     """
     import torch
-
-    import loopwise
 
     check_sampling(max_new_tokens, temperature)
     if cache is not None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, arg
 
+import loopwise
 from loopwise.cli import common
-from loopwise.cli.draw import draw_plan, span_text
 
 if TYPE_CHECKING:
     from loopwise.plan import Plan
@@ -56,14 +56,14 @@ def inspect_model(model: Any, plan: str | Plan | None = None, *, context: int = 
         context: tokens in front of the token whose cost is counted.
 
     Returns:
-        `class`, `model_type`, `layers_at` (dotted path), `layers` (each `layer`, `class`, `parameters`, `visits`), `plan` (text),
-        `slots` (each `position`, `iterations`, `layer`), `num_slots`, `unique_layers`, `parameters` (`unique`, `unrolled`),
-        `context`, `flops_per_token` (`forward`, `training`), `cache_bytes_per_token`, `state_bytes`.
+        `class`, `model_type`, `layers_at` (dotted path), `layers` (each `layer`, `class`, `parameters`, `visits`),
+        `plan` (text), `slots` (each `position`, `iterations`, `layer`), `num_slots`, `unique_layers` (their number),
+        `parameters` (`unique`, `unrolled`), `context`, `flops_per_token` (`forward`, `training`),
+        `cache_bytes_per_token`, `state_bytes`.
 
     Raises:
         ValueError: the plan does not fit the model, or the model has no recognisable layer list.
     """
-    import loopwise
     from loopwise.measure.cost import cost_of
     from loopwise.models.hub import layer_list
     from loopwise.plan import Plan
@@ -108,27 +108,29 @@ def report_text(report: dict[str, Any]) -> str:
 
 
 def _report_lines(report: dict[str, Any]) -> Iterator[str]:
-    from loopwise.plan import Plan
+    from loopwise.plots import plan_text
 
     layers, parameters, flops = report["layers"], report["parameters"], report["flops_per_token"]
     yield f"{report['class']} ({report['model_type']}), {len(layers)} layers at {report['layers_at']}"
     yield ""
     yield "layers"
-    for (kind, size, visits), group in groupby(layers, key=lambda row: (row["class"], row["parameters"], row["visits"])):
+    for (kind, size, visits), group in groupby(
+        layers, key=lambda row: (row["class"], row["parameters"], row["visits"])
+    ):
         numbers = [row["layer"] for row in group]
+        span = f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
         each = " each" if len(numbers) > 1 else ""
         times = {0: "not visited", 1: "visited once"}.get(visits, f"visited {visits} times")
-        yield f"  {span_text(numbers[0], numbers[-1]):<8} {kind}  {common.amount(size)} parameters{each}, {times}"
+        yield f"  {span:<8} {kind}  {common.amount(size)} parameters{each}, {times}"
     yield ""
     yield f"plan  {report['plan']}"
-    yield from (f"  {line}" for line in draw_plan(Plan.parse(report["plan"])).splitlines())
+    yield from (f"  {line}" for line in plan_text(report["plan"]).splitlines())
     yield ""
     yield f"slots         {report['num_slots']}, over {report['unique_layers']} of {len(layers)} layers"
-    yield f"parameters    {common.amount(parameters['unique'])} unique, {common.amount(parameters['unrolled'])} unrolled"
-    yield (
-        f"per token     {common.amount(flops['forward'], 'FLOPs')} forward, {common.amount(flops['training'], 'FLOPs')} "
-        f"training, at {report['context']} tokens of context"
-    )
+    unique, unrolled = common.amount(parameters["unique"]), common.amount(parameters["unrolled"])
+    yield f"parameters    {unique} unique, {unrolled} unrolled"
+    forward, training = common.amount(flops["forward"], "FLOPs"), common.amount(flops["training"], "FLOPs")
+    yield f"per token     {forward} forward, {training} training, at {report['context']} tokens of context"
     yield f"cache         {common.amount(report['cache_bytes_per_token'], 'B')} per token"
     if report["state_bytes"]:
         yield f"state         {common.amount(report['state_bytes'], 'B')} per sequence"
@@ -136,7 +138,6 @@ def _report_lines(report: dict[str, Any]) -> Iterator[str]:
 
 def draw_picture(plan: str | Plan, path: Any) -> None:
     """Write the picture of a plan, whole or not at all."""
-    from loopwise.plan import Plan
     from loopwise.plots import plan_picture
 
-    common.write_whole(path, lambda temporary: plan_picture(Plan.parse(plan), temporary))
+    common.write_whole(path, lambda temporary: plan_picture(plan, temporary))

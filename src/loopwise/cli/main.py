@@ -22,7 +22,9 @@ from loopwise.cli.generate import Generate
 from loopwise.cli.inspect import Inspect
 from loopwise.cli.score import Score
 
-DESCRIPTION = "A decoder is layers plus a plan. Run any transformers decoder under any plan. --version prints the version."
+DESCRIPTION = (
+    "A decoder is layers plus a plan. Run any transformers decoder under any plan. --version prints the version."
+)
 
 Command = (
     Annotated[Inspect, subcommand("inspect", description="Show layers, the plan drawn, parameters and cost.")]

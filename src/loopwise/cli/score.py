@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+import loopwise
 from loopwise.cli import common
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Score(common.Source):
         plans = expand_plans(self.plan, self.loops)
         common.quiet_libraries()
         model = common.load_model(self)
-        input_ids = encode_text(_tokenizer(self.source), text, self.max_tokens)
+        input_ids = encode_text(loopwise.load_tokenizer(self.source), text, self.max_tokens)
         rows = score_plans(model, input_ids, plans, window=self.window, stride=self.stride, on_row=_progress())
         _print_table(rows)
         if self.json:
@@ -57,12 +58,6 @@ class Score(common.Source):
             from loopwise.plots import score_bars
 
             common.write_whole(self.png, lambda temporary: score_bars(rows, temporary))
-
-
-def _tokenizer(source: str) -> Any:
-    import loopwise
-
-    return loopwise.load_tokenizer(source)
 
 
 def check_windows(window: int, stride: int, max_tokens: int | None) -> None:
@@ -116,13 +111,13 @@ def score_plans(
         on_row: called before each row with its index, the number of rows, and its label.
 
     Returns:
-        One dict per row, the model as it is first: `label`, `plan` (text), `perplexity`, `nll` (nats per token), `tokens`
-        (scored), `slots`, `flops_per_token` (forward), `seconds`.
+        One dict per row, the model as it is first: `label`, `plan` (text), `perplexity`, `nll` (nats per token),
+        `tokens` (scored), `num_slots`, `unique_layers` (their number), `flops_per_token` (forward, at `window` tokens
+        of context), `seconds`.
 
     Raises:
         ValueError: a plan does not fit the model, before anything is scored.
     """
-    import loopwise
     from loopwise.models.hub import layer_list
     from loopwise.plan import Plan
 
@@ -162,7 +157,8 @@ def _score_one(model: Any, input_ids: Any, plan: Plan, window: int, stride: int)
         "perplexity": score.perplexity,
         "nll": score.nll,
         "tokens": score.tokens,
-        "slots": plan.num_slots,
+        "num_slots": plan.num_slots,
+        "unique_layers": len(plan.unique_layers),
         "flops_per_token": cost_of(model, plan, context=window).forward_flops_per_token,
         "seconds": round(time.perf_counter() - start, 3),
     }
@@ -192,7 +188,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(
             Text(row["plan"] if row["label"] == row["plan"] else f"{row['plan']} ({row['label']})"),
-            str(row["slots"]),
+            str(row["num_slots"]),
             f"{row['perplexity']:.4g}",
             f"x{row['perplexity'] / first['perplexity']:.3g}",
             f"x{row['flops_per_token'] / first['flops_per_token']:.3g}",
@@ -200,4 +196,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         )
     out = common.console()
     out.print(table)
-    out.print(f"\n{first['tokens']} tokens scored; plans change the depth, not the weights: nothing was trained for them")
+    out.print(
+        f"\n{first['tokens']} tokens scored; plans change the depth, not the weights: nothing was trained for them"
+    )

@@ -2,8 +2,8 @@
 
 Shapes: B batch rows, T tokens, D width, b selected rows, t selected tokens.
 
-Everything that makes a method differ from another attaches to the boundary between two visits, as a `Hook`: it may narrow a
-visit to some rows or tokens, skip it, switch its gradient off, or change the state after it.
+Everything that makes a method differ from another attaches to the boundary between two visits, as a `Hook`: it may
+narrow a visit to some rows or tokens, skip it, switch its gradient off, or change the state after it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Visit:
     Attributes:
         slot: where in the plan this visit happens; its layer is `slot.layer`.
         rows: int64 tensor `[b]` of batch rows that take part, or None for all.
-        positions: int64 tensor of token indices that take part, `[t]` (the same for every row) or `[b, t]` (per row, ascending),
+        positions: int64 tensor of token indices that take part, `[t]` (the same for every row) or `[b, t]` (per row,
+            ascending),
             or None for all. Tokens that do not take part are neither queries nor keys: they keep their state.
         with_grad: False runs the visit without recording a gradient.
     """
@@ -55,9 +56,7 @@ class Hook(Protocol):
 Run = Callable[[Visit, torch.Tensor], torch.Tensor]
 
 
-def execute(
-    state_BTD: torch.Tensor, visits: Iterable[Visit], run: Run, hooks: Sequence[Hook] = ()
-) -> torch.Tensor:
+def execute(state_BTD: torch.Tensor, visits: Iterable[Visit], run: Run, hooks: Sequence[Hook] = ()) -> torch.Tensor:
     """Play visits in order and return the last state.
 
     `state <- scatter(state, run(visit, gather(state, visit)), visit)` for every visit.

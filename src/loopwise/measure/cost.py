@@ -261,7 +261,7 @@ def _visits(
     if len(shares) != plan.num_slots:
         raise ValueError(f"visits has {len(shares)} slots, the plan {plan} has {plan.num_slots}")
     asked = grad_iterations is not None or recompute == "loop"
-    iterations = _main_iterations(plan) if asked else [None] * plan.num_slots
+    iterations: list[int | None] = _main_iterations(plan) if asked else [None] * plan.num_slots
     window = _window_start(iterations, grad_iterations)
     first_inside = next((i for i, iteration in enumerate(iterations) if iteration is not None), 0)
     for i, (slot, iteration, share) in enumerate(zip(plan.slots, iterations, shares.tolist(), strict=True)):

@@ -102,9 +102,10 @@ def matmul_weights(module: nn.Module, config: Any, skip: Collection[nn.Module] =
         for name, child in part.named_children():
             if _NOT_FOR_TEXT.match(name):
                 continue
-            listed = name == "experts" and isinstance(child, nn.ModuleList) and len(child) > 0
-            visited = _routed_share(len(child), holders, config) if listed else 1
-            walk(child, (*path, name), share * visited, holders)
+            if name == "experts" and isinstance(child, nn.ModuleList) and len(child) > 0:
+                walk(child, (*path, name), share * _routed_share(len(child), holders, config), holders)
+            else:
+                walk(child, (*path, name), share, holders)
 
     walk(module, (), 1.0, ())
     return total, tuple(left_out)
@@ -150,8 +151,8 @@ def state_elements(layer: nn.Module) -> int:
             continue
         if isinstance(module, nn.Conv1d):
             total += module.out_channels * module.kernel_size[0]
-        elif hasattr(module, "recurrent_param"):
-            total += module.recurrent_param.numel()
+        elif isinstance(decay := getattr(module, "recurrent_param", None), nn.Parameter):
+            total += decay.numel()
         elif _is_linear_mixer(module):
             total += _recurrent_elements(module)
     return total
@@ -198,10 +199,11 @@ def _attention(module: Any, index: int, config: Any) -> Attention | None:
         return None
     qk_dim = _first(module, ["qk_head_dim", *_HEAD_DIM])
     v_dim = _first(module, ["v_head_dim", *_HEAD_DIM])
-    output = _first(module, _OUTPUT)
     heads = _first(module, _HEADS)
-    if heads is None and v_dim is not None and isinstance(output, nn.Linear):
-        heads = output.in_features // v_dim
+    # An adapter library may have wrapped the projections; the wrappers keep their sizes.
+    in_features = getattr(_first(module, _OUTPUT), "in_features", None)
+    if heads is None and v_dim and in_features:
+        heads = in_features // v_dim
     if heads is None:
         heads = _first(config, _HEADS)
     if v_dim is None and heads and hasattr(module, "split_size"):
@@ -228,9 +230,9 @@ def _kv_heads(module: Any, heads: int, qk_dim: int) -> int:
     given = _first(module, _KV_HEADS)
     if given is not None:
         return given
-    key = _first(module, _KEY)
-    if isinstance(key, nn.Linear):
-        return key.out_features // qk_dim
+    out_features = getattr(_first(module, _KEY), "out_features", None)
+    if out_features:
+        return out_features // qk_dim
     return heads // (getattr(module, "num_key_value_groups", None) or 1)
 
 

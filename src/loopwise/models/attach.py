@@ -1,14 +1,14 @@
 """Give a transformers causal language model a plan, in place, and take it away again.
 
-`attach` installs two hooks on the module that owns the decoder layers (see `playing`) and one on the model, nothing else: the model stays an
-instance of its own class, with its own parameters under their own names.
+`attach` installs two hooks on the module that owns the decoder layers (see `playing`) and one on the model, nothing
+else: the model stays an instance of its own class, with its own parameters under their own names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,9 +40,9 @@ def attach(
 ) -> nn.Module:
     """Make a causal language model visit its layers in the order of a plan.
 
-    The model is changed in place and returned. It is first tried on a few tokens: under the identity plan its logits must be bit for bit what
-    they were. `generate`, training, `save_pretrained`, PEFT and deepcopy go on working; `model(input_ids, loops=2)` changes the
-    iteration count of one call.
+    The model is changed in place and returned. It is first tried on a few tokens: under the identity plan its logits
+    must be bit for bit what they were. `generate`, training, `save_pretrained`, PEFT and deepcopy go on working;
+    `model(input_ids, loops=2)` changes the iteration count of one call.
 
     Args:
         model: a transformers causal language model, or one wrapped by PEFT.
@@ -53,7 +53,8 @@ def attach(
         hooks: called around every visit, see `loopwise.loop.execute.Hook`.
 
     Raises:
-        ValueError: the plan names layers that do not exist, the model has a plan already, is an encoder-decoder, has no recognisable layer list, or
+        ValueError: the plan names layers that do not exist, the model has a plan already, is an encoder-decoder, has no
+            recognisable layer list, or
             computes something between its layers.
     """
     plan = _as_plan(plan)
@@ -70,6 +71,7 @@ def attach(
             looping.axes = learn_axes(model, found.layers)
     _install(model, found.owner, looping)
     looping.plan = plan
+    _try_plan(model, plan)
     keep_plan_on_save(base_model(model))
     return model
 
@@ -84,7 +86,7 @@ def detach(model: nn.Module) -> nn.Module:
     for module in model.modules():
         _remove_hooks(module, looping)
         if module.__dict__.get("loopwise") is looping:
-            del module.loopwise
+            del module.__dict__["loopwise"]
     base_model(model).__dict__.pop("save_pretrained", None)
     return model
 
@@ -119,18 +121,21 @@ def use_loops(model: nn.Module, loops: int | Mapping[str, int] | None = None, **
 
 
 def set_cache(model: nn.Module, policy: str, on_deeper: str = "refuse") -> nn.Module:
-    """Change the cache policy; caches in use keep the policy that they started with. Raises `ValueError` for an unknown policy."""
+    """Change the cache policy of caches to come; `ValueError` for an unknown policy."""
     _looping(model).policy = CachePolicy.parse(policy, on_deeper)
     return model
 
 
 def set_hooks(model: nn.Module, hooks: Sequence[Hook]) -> nn.Module:
-    """Replace the hooks that are called around every visit. The model is run on a few tokens to learn how to slice its arguments."""
+    """Replace the hooks that are called around every visit.
+
+    The model is run on a few tokens to learn how to slice its arguments.
+    """
     looping = _looping(model)
-    if hooks and looping.axes is None:
+    if hooks and not looping.axes:
         with eval_mode(model), _identity(looping, ()):
             owner = next(m for m in model.modules() if m.__dict__.get("loopwise") is looping)
-            looping.axes = learn_axes(model, owner._modules[looping.name])
+            looping.axes = learn_axes(model, cast(nn.ModuleList, owner._modules[looping.name]))
     looping.hooks = list(hooks)
     return model
 
@@ -161,7 +166,7 @@ def _calibrate(model: nn.Module, plan: Plan, policy: CachePolicy) -> tuple[Layer
         try:
             with eval_mode(model):
                 looping = _try(model, found, policy)
-        except _NotThisList as error:
+        except _NotThisListError as error:
             reason = str(error)
             continue
         plan.validate(len(found.layers))
@@ -169,7 +174,7 @@ def _calibrate(model: nn.Module, plan: Plan, policy: CachePolicy) -> tuple[Layer
     raise ValueError(f"{type(base_model(model)).__name__} cannot be looped: {reason}")
 
 
-class _NotThisList(ValueError):
+class _NotThisListError(ValueError):
     """A candidate is not the decoder's layer list."""
 
 
@@ -193,7 +198,7 @@ def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> Looping:
         for handle in handles:
             handle.remove()
     if called != list(range(len(layers))):
-        raise _NotThisList(f"{found.path} is not called once and in order")
+        raise _NotThisListError(f"{found.path} is not called once and in order")
     looping = Looping(
         name=found.name,
         plan=Plan.identity(len(layers)),
@@ -208,19 +213,39 @@ def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> Looping:
         with _identity(looping, ()):
             played = model(**probe_inputs(model)).logits
     except ValueError as error:
-        raise _NotThisList(str(error)) from error
+        raise _NotThisListError(str(error)) from error
+    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise _NotThisListError(
+            f"its forward uses what its layers return beyond the hidden state ({type(error).__name__})"
+        ) from error
     finally:
         _remove_hooks(model, looping)
         _remove_hooks(found.owner, looping)
-        del found.owner.loopwise
+        del found.owner.__dict__["loopwise"]
         _put_back(layers, before)
     if not torch.equal(plain, played):
-        raise _NotThisList("its forward does more between the layers than pass the hidden state on")
+        raise _NotThisListError("its forward does more between the layers than pass the hidden state on")
     return looping
 
 
+def _try_plan(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan in which a layer lacks what another was to compute first, such as shared keys and values."""
+    looping = _looping(model)
+    hooks, looping.hooks, looping.plan = looping.hooks, [], plan.capped(2)
+    try:
+        with eval_mode(model):
+            model(**probe_inputs(model))
+    except Exception as error:  # whatever the layers say
+        detach(model)
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"{type(base_model(model)).__name__} does not run under plan {plan}: {type(error).__name__} {reason}"
+        ) from error
+    looping.hooks, looping.plan = hooks, plan
+
+
 def _install(model: nn.Module, owner: nn.Module, looping: Looping) -> None:
-    owner.loopwise = looping
+    owner.__dict__["loopwise"] = looping
     owner.register_forward_pre_hook(looping.begin, with_kwargs=True)
     owner.register_forward_hook(looping.end, with_kwargs=True, always_call=True)
     per_call = PerCallLoops(looping)

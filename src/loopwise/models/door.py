@@ -1,6 +1,7 @@
 """What the Auto classes of transformers see of a looped model.
 
-`LoopwiseForCausalLM` is a door, not a model: its `from_pretrained` returns an instance of the base model's own class, attached.
+`LoopwiseForCausalLM` is a door, not a model: its `from_pretrained` returns an instance of the base model's own class,
+attached.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,7 +28,9 @@ class LoopwiseForCausalLM:
         """Part of the contract of the Auto classes; nothing to do."""
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *args: Any, config: LoopwiseConfig | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, source: str | Path, *args: Any, config: LoopwiseConfig | None = None, **kwargs: Any
+    ) -> Any:
         """Load a saved looped model; arguments are those of the base model's `from_pretrained`.
 
         Raises:
@@ -40,6 +44,7 @@ class LoopwiseForCausalLM:
         kind = _model_class(config, base)
         model, info = kind.from_pretrained(source, *args, config=base, output_loading_info=True, **kwargs)
         refuse_missing(info, str(source))
+        align(model)
         attach(model, config.plan, cache=config.cache, on_deeper=config.on_deeper)
         return (model, info) if want_info else model
 
@@ -56,11 +61,23 @@ def register() -> None:
     AutoModelForCausalLM.register(LoopwiseConfig, LoopwiseForCausalLM, exist_ok=True)
 
 
+def align(model: torch.nn.Module) -> None:
+    """Move tensors that a file maps to odd addresses.
+
+    Matrix kernels choose their path by alignment, and a loaded model must equal the saved one bit for bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+
+
 def refuse_missing(info: dict[str, Any], source: str) -> None:
     """Raise `ValueError` when a checkpoint lacks tensors, which transformers would fill with random numbers."""
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        raise ValueError(f"{source} does not fit its configuration: tensor {missing[0]} is missing ({len(missing)} in all)")
+        raise ValueError(
+            f"{source} does not fit its configuration: tensor {missing[0]} is missing ({len(missing)} in all)"
+        )
 
 
 def _model_class(config: LoopwiseConfig, base: Any) -> Any:

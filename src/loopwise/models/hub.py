@@ -1,7 +1,8 @@
 """The only gate to transformers' internals.
 
-Everything here answers one question about a model of that library: where its decoder layers are, what a layer returns, which argument is the
-cache, what its text configuration is. Nothing else in loopwise imports a submodule of transformers.
+Everything here answers one question about a model of that library: where its decoder layers are, what a layer returns,
+which argument is the cache, what its text configuration is. Nothing else in loopwise imports a submodule of
+transformers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ def text_config(model: nn.Module) -> Any:
 def layer_lists(model: nn.Module) -> Iterator[LayerList]:
     """Candidates for the decoder's layer list, best first.
 
-    A list of as many blocks as `num_hidden_layers` says comes before others; among those, one inside the decoder before one of another tower,
-    and larger before smaller. Lists inside a block of another candidate are left out.
+    A list of as many blocks as `num_hidden_layers` says comes before others; among those, one inside the decoder before
+    one of another tower, and larger before smaller. Lists inside a block of another candidate are left out.
     """
     inner = base_model(model)
     count = getattr(text_config(model), "num_hidden_layers", None)
@@ -98,23 +99,40 @@ def cache_indices(layers: nn.ModuleList) -> tuple[tuple[int, ...], ...]:
     """For every layer, the cache entries that it addresses (most layers one, LongCat's two attentions two)."""
     groups = []
     for i, layer in enumerate(layers):
-        found = {m.layer_idx for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+        numbers = (m.__dict__.get("layer_idx") for m in layer.modules())
+        found = {number for number in numbers if isinstance(number, int)}
         groups.append(tuple(sorted(found)) or (i,))
     return tuple(groups)
 
 
 def find_cache(values: Any) -> Cache | None:
-    """The cache among some arguments, or None.
-
-    Raises:
-        ValueError: it is of a kind that has no entry per layer (encoder-decoder).
-    """
+    """The cache of the decoder's own tokens among some arguments, or None."""
     for value in values:
         if isinstance(value, EncoderDecoderCache):
-            raise ValueError("an encoder-decoder cache cannot hold a looped decoder: pass a DynamicCache or StaticCache")
+            return value.self_attention_cache
         if isinstance(value, Cache):
             return value
     return None
+
+
+def refuse_foreign_cache(cache: Cache) -> None:
+    """Raise `ValueError` for a cache class of a single model, which keeps state outside the entries per layer."""
+    kind = type(cache)
+    if kind.__module__ != Cache.__module__ and any(
+        hasattr(Cache, name) for name in vars(kind) if not name.startswith("__") or name == "__len__"
+    ):
+        raise ValueError(f"its cache class {kind.__name__} keeps state outside the entries of its layers")
+
+
+def with_view(value: Any, cache: Cache, view: Cache) -> Any:
+    """An argument with `view` in the place of `cache`; anything else unchanged."""
+    if value is cache:
+        return view
+    if isinstance(value, EncoderDecoderCache) and value.self_attention_cache is cache:
+        twin = copy.copy(value)
+        twin.self_attention_cache = view
+        return twin
+    return value
 
 
 def new_cache(model: nn.Module) -> Cache:
@@ -131,7 +149,7 @@ def past_length(cache: Cache) -> int:
     """Number of tokens in a cache that has not been laid out by loopwise, 0 when it is unused."""
     lengths = [0]
     for entry in cache.layers:
-        if getattr(entry, "keys", None) is not None:
+        if isinstance(entry, CacheLayerMixin) and entry.keys is not None:
             lengths.append(int(entry.get_seq_length()))
         elif any(getattr(entry, "has_previous_state", {}).values()):
             lengths.append(1)
@@ -148,12 +166,13 @@ def probe_inputs(model: nn.Module, num_rows: int = 2, num_tokens: int = 5) -> di
 
 
 def build_model(like: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """A model of the same class, attention implementation, dtype and device as `like`, from another configuration (weights to be filled in)."""
+    """A model of the same class, attention, dtype and device as `like`, from another configuration."""
     config._attn_implementation = like.config._attn_implementation
     text = config.get_text_config(decoder=True)
     text._attn_implementation = like.config.get_text_config(decoder=True)._attn_implementation
     parameter = next(like.parameters())
-    twin = type(like)._from_config(config, dtype=parameter.dtype).to(parameter.device)
+    twin: Any = type(like)._from_config(config, dtype=parameter.dtype)
+    twin.to(parameter.device)
     if getattr(like, "generation_config", None) is not None:
         twin.generation_config = copy.deepcopy(like.generation_config)
     return twin

@@ -1,8 +1,9 @@
 """Record and play: run a transformers decoder's own forward, but visit its layers in the order of a plan.
 
-The model's forward computes embeddings, masks and rotary tables and iterates its layer list. During that forward the list shows *recorders*: each
-keeps the arguments meant for its layer and hands the hidden state on unchanged. The last one plays the plan over the real layers, every layer with
-its own recorded arguments. Outside the forward the list is the real one, so saving, sharding and adapters see a normal model.
+The model's forward computes embeddings, masks and rotary tables and iterates its layer list. During that forward the
+list shows *recorders*: each keeps the arguments meant for its layer and hands the hidden state on unchanged. The last
+one plays the plan over the real layers, every layer with its own recorded arguments. Outside the forward the list is
+the real one, so saving, sharding and adapters see a normal model.
 
 Shapes: B batch rows, T tokens, D width.
 """
@@ -10,8 +11,10 @@ Shapes: B batch rows, T tokens, D width.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,15 +22,16 @@ from torch import nn
 from loopwise.cache.depth import DepthCache
 from loopwise.cache.policy import CachePolicy
 from loopwise.loop.execute import Hook, Visit, execute
-from loopwise.models.hub import find_cache, past_length
+from loopwise.models.hub import find_cache, past_length, refuse_foreign_cache, with_view
 from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs
-from loopwise.models.slicing import slice_call
+from loopwise.models.slicing import Axes, slice_call
+from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Returns:
-    """What a layer returns: `kind` is the type (Tensor, tuple or list), `extras` which of the further items are tensors."""
+    """What a layer returns: `kind` is Tensor, tuple or list, `extras` says which further items are not None."""
 
     kind: type
     extras: tuple[bool, ...] = ()
@@ -38,7 +42,9 @@ class Returns:
         if isinstance(output, torch.Tensor):
             return cls(kind=torch.Tensor)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], torch.Tensor):
-            return cls(kind=tuple if isinstance(output, tuple) else list, extras=tuple(item is not None for item in output[1:]))
+            return cls(
+                kind=tuple if isinstance(output, tuple) else list, extras=tuple(item is not None for item in output[1:])
+            )
         raise ValueError(f"its layers return {type(output).__name__}, which holds no hidden state in the first place")
 
     def pack(self, hidden_BTD: torch.Tensor, extras: Any) -> Any:
@@ -48,25 +54,108 @@ class Returns:
 
 @dataclass(frozen=True, eq=False)
 class Placeholder:
-    """Stands for a further output of a layer until the layer is really run; read by later layers or collected by the forward."""
+    """Stands for a further output of a layer until the layer is really run.
+
+    What a layer hands to its neighbour (a router state, the tokens an indexer chose) goes from visit to visit under a
+    plan.
+    """
 
     layer: int
     item: int
 
 
-@dataclass(kw_only=True, eq=False)
 class Frame:
-    """One running forward."""
+    """One running forward: what was recorded, and the playing of the plan."""
 
-    plan: Plan
-    layers: nn.ModuleList
-    rerun: Rerun | None = None
-    hidden: torch.Tensor | None = None
-    calls: list[tuple[tuple, dict]] = field(default_factory=list)
-    extras: dict[int, list] = field(default_factory=dict)
-    states: list[torch.Tensor] | None = None
-    cache: Any = None
-    depth: DepthCache | None = None
+    def __init__(self, looping: Looping, plan: Plan, layers: nn.ModuleList, rerun: Rerun | None, collect_states: bool):
+        self.looping = looping
+        self.plan = plan
+        self.layers = layers
+        self.rerun = rerun
+        self.hidden = torch.empty(0)
+        self.calls: list[tuple[tuple, dict]] = []
+        self.extras: dict[int, list] = {}
+        self.last_extras: list | None = None
+        self.states: list[torch.Tensor] | None = [] if collect_states else None
+        self.cache: Any = None
+        self.depth: DepthCache | None = None
+
+    def record(self, index: int, args: tuple, kwargs: dict) -> Any:
+        """Keep a layer's arguments; at the last layer, play the plan. Returns what the layer would return."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if index != len(self.calls) or (index and hidden is not self.hidden):
+            raise ValueError(
+                "its forward computes something between the layers, or does not call them once and in order"
+            )
+        self.hidden = hidden
+        self.calls.append((args, kwargs))
+        returns = self.looping.returns[index]
+        if index + 1 < len(self.looping.returns):
+            return returns.pack(
+                hidden, [Placeholder(index, k) if flag else None for k, flag in enumerate(returns.extras)]
+            )
+        hidden = self.play()
+        return returns.pack(hidden, self.extras.get(index, [None] * len(returns.extras)))
+
+    def play(self) -> torch.Tensor:
+        """Visit the slots of the plan with the real layers; returns the hidden state `[B, T, D]`."""
+        slots = self.plan.slots
+        self.cache = find_cache(value for args, kwargs in self.calls for value in (*args, *kwargs.values()))
+        if self.cache is not None:
+            self.depth = self.looping.depth_of(self.cache)
+            self.depth.begin(self.cache, slots, decoding=self.hidden.shape[1] == 1)
+        if self.states is not None:
+            self.states.append(self.hidden)
+        state_BTD = execute(self.hidden, (Visit(slot=slot) for slot in slots), self.run, self.looping.hooks)
+        if self.depth is not None:
+            self.depth.end()
+        return state_BTD
+
+    def run(self, visit: Visit, part_btD: torch.Tensor) -> torch.Tensor:
+        """Run one real layer on (a part of) the state with its recorded arguments."""
+        index = visit.slot.layer
+        args, kwargs = self.calls[index]
+        if visit.is_partial:
+            if self.cache is not None:
+                raise ValueError(
+                    "visits on a part of the rows or tokens are not available with a cache: use use_cache=False"
+                )
+            args, kwargs = slice_call(self.looping.axes[index], self.hidden, visit, args, kwargs)
+        view = None if self.depth is None else self.depth.view(self.cache, visit.slot)
+        played = [self._argument(value, index, view) for value in args]
+        named = {name: self._argument(value, index, view) for name, value in kwargs.items()}
+        if played:
+            played[0] = part_btD
+        else:
+            named["hidden_states"] = part_btD
+        with self._own_state(visit.slot):
+            output = self.layers[index](*played, **named)
+        if not isinstance(output, torch.Tensor):
+            self.extras[index] = self.last_extras = list(output[1:])
+            output = output[0]
+        if self.states is not None:
+            self.states.append(output)
+        return output
+
+    def _argument(self, value: Any, reader: int, view: Any) -> Any:
+        if isinstance(value, Placeholder):
+            played = self.last_extras if value.layer == reader - 1 else self.extras.get(value.layer)
+            return None if played is None else played[value.item]
+        return value if view is None else with_view(value, self.cache, view)
+
+    @contextmanager
+    def _own_state(self, slot: Slot) -> Iterator[None]:
+        """While a layer that keeps recurrent state on itself runs, it holds the state of this slot."""
+        names = self.looping.state_names[slot.layer] if self.looping.state_names else ()
+        if self.depth is None or not names:
+            yield
+            return
+        modules = [(self.layers[slot.layer].get_submodule(path), name) for path, name in names]
+        bank = self.depth.module_state.get(slot.key, [None] * len(names))
+        for (module, name), value in zip(modules, bank, strict=True):
+            setattr(module, name, value)
+        yield
+        self.depth.module_state[slot.key] = [getattr(module, name) for module, name in modules]
 
 
 class Recorder(nn.Module):
@@ -77,22 +166,46 @@ class Recorder(nn.Module):
         self.looping, self.index = looping, index
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("looping", "index"):
+        frame = self.__dict__["looping"].frame if "looping" in self.__dict__ else None
+        if frame is None:
             raise AttributeError(name)
-        return getattr(self.looping.frame.layers[self.index], name)
+        return getattr(frame.layers[self.index], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Record the call of this layer."""
-        return self.looping.record(self.index, args, kwargs)
+        frame = self.looping.frame
+        assert frame is not None
+        return frame.record(self.index, args, kwargs)
 
 
 class Looping:
     """What `attach` leaves on the module that owns the layer list (`owner.loopwise`).
 
-    Holds no module, so that it can be copied and pickled with the model; layers are resolved from the module that is called.
+    Holds no layer, so that it can be copied and pickled with the model; layers are resolved from the module that is
+    called.
+
+    Attributes:
+        name: the owner's attribute that holds the layers.
+        plan: the plan.
+        policy: the cache policy of caches to come.
+        indices: per layer, the cache entries that it addresses.
+        returns: per layer, what it returns.
+        state_names: per layer, (module path, attribute) of recurrent state kept on modules; empty when no layer does.
+        hooks: called around every visit.
+        axes: per layer, the meaning of the axes of its arguments (see `slicing`); learned when hooks are set.
+        loops: iteration counts of the running call only.
     """
 
-    def __init__(self, *, name: str, plan: Plan, policy: CachePolicy, indices: tuple, returns: tuple[Returns, ...], state_names: tuple):
+    def __init__(
+        self,
+        *,
+        name: str,
+        plan: Plan,
+        policy: CachePolicy,
+        indices: tuple,
+        returns: tuple[Returns, ...],
+        state_names: tuple,
+    ):
         self.name = name
         self.plan = plan
         self.policy = policy
@@ -100,21 +213,21 @@ class Looping:
         self.returns = returns
         self.state_names = state_names
         self.hooks: list[Hook] = []
-        self.axes: Any = None
-        self.loops: Any = None
+        self.axes: Axes = []
+        self.loops: int | Mapping[str, int] | None = None
         self.frame: Frame | None = None
         self.recorders = nn.ModuleList(Recorder(self, i) for i in range(len(returns)))
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "frame")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "frame")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, frame=None, _lock=threading.RLock())
 
     def begin(self, owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the owner: show the recorders."""
-        self._lock.acquire()
+        self._lock.acquire()  # recording is per module: one forward at a time
         loops = kwargs.pop("loops", None)
         loops = self.loops if loops is None else loops
         plan = self.plan if loops is None else self.plan.with_loops(loops)
@@ -123,10 +236,10 @@ class Looping:
             rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
         finally:
             self.plan, self.loops = configured
-        layers = owner._modules[self.name]
-        self.frame = Frame(plan=plan, layers=layers, rerun=rerun)
-        if kwargs.get("output_hidden_states") or getattr(getattr(owner, "config", None), "output_hidden_states", False):
-            self.frame.states = []
+        collect = kwargs.get("output_hidden_states") or getattr(
+            getattr(owner, "config", None), "output_hidden_states", False
+        )
+        self.frame = Frame(self, plan, cast(nn.ModuleList, owner._modules[self.name]), rerun, bool(collect))
         owner._modules[self.name] = self.recorders
         return args, kwargs
 
@@ -146,88 +259,20 @@ class Looping:
         finally:
             self._lock.release()
 
-    def record(self, index: int, args: tuple, kwargs: dict) -> Any:
-        """Keep a layer's arguments; at the last layer, play the plan. Returns what the layer would return."""
-        frame = self.frame
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if index != len(frame.calls) or (index and hidden is not frame.hidden):
-            raise ValueError("this model computes something between its layers, or does not call them once and in order: it cannot be looped")
-        frame.hidden = hidden
-        frame.calls.append((args, kwargs))
-        if index + 1 < len(self.returns):
-            flags = self.returns[index].extras
-            return self.returns[index].pack(hidden, [Placeholder(index, k) if flag else None for k, flag in enumerate(flags)])
-        hidden = self.play(frame)
-        return self.returns[index].pack(hidden, frame.extras.get(index, [None] * len(self.returns[index].extras)))
+    def depth_of(self, cache: Any) -> DepthCache:
+        """The depth cache inside a transformers cache, made on first use.
 
-    def play(self, frame: Frame) -> torch.Tensor:
-        """Visit the slots of the plan with the real layers; returns the hidden state `[B, T, D]`."""
-        slots = frame.plan.slots
-        cache = find_cache(value for args, kwargs in frame.calls for value in (*args, *kwargs.values()))
-        if cache is not None:
-            frame.cache, frame.depth = cache, self._depth(cache)
-            frame.depth.begin(cache, slots, decoding=frame.hidden.shape[1] == 1)
-            frame.depth.start_views()
-        if frame.states is not None:
-            frame.states.append(frame.hidden)
-        state = execute(frame.hidden, (Visit(slot=slot) for slot in slots), self.run, self.hooks)
-        if frame.depth is not None:
-            frame.depth.end_views()
-        return state
-
-    def run(self, visit: Visit, part: torch.Tensor) -> torch.Tensor:
-        """Run one real layer on (a part of) the state with its recorded arguments."""
-        frame, index = self.frame, visit.slot.layer
-        args, kwargs = frame.calls[index]
-        if visit.is_partial:
-            args, kwargs = slice_call(self, frame, visit, args, kwargs)
-        view = None if frame.depth is None else frame.depth.view(frame.cache, visit.slot)
-        args = [self._argument(value, view) for value in args]
-        kwargs = {key: self._argument(value, view) for key, value in kwargs.items()}
-        if args:
-            args[0] = part
-        else:
-            kwargs["hidden_states"] = part
-        layer = frame.layers[index]
-        bank = self._restore_state(layer, visit) if self.state_names else None
-        output = layer(*args, **kwargs)
-        if bank is not None:
-            bank[:] = [getattr(layer.get_submodule(path), name) for path, name in self.state_names[index]]
-        if not isinstance(output, torch.Tensor):
-            frame.extras[index] = list(output[1:])
-            output = output[0]
-        if frame.states is not None:
-            frame.states.append(output)
-        return output
-
-    def _argument(self, value: Any, view: Any) -> Any:
-        if value is self.frame.cache and view is not None:
-            return view
-        if isinstance(value, Placeholder):
-            played = self.frame.extras.get(value.layer)
-            return None if played is None else played[value.item]
-        return value
-
-    def _depth(self, cache: Any) -> DepthCache:
+        Raises:
+            ValueError: the cache holds tokens of a model without a plan, or is of a class of its own.
+        """
         depth = getattr(cache, "depth", None)
         if depth is None:
             if past_length(cache):
                 raise ValueError("the cache was filled by a model without a plan: start a new cache")
+            refuse_foreign_cache(cache)
             depth = cache.depth = DepthCache(cache, self.policy, self.indices)
-            cache.slots = depth.index
+            cache.slots = depth.slots
         return depth
-
-    def _restore_state(self, layer: nn.Module, visit: Visit) -> list | None:
-        """Put this slot's state on a layer that keeps its recurrent state on itself; returns the place to save it to."""
-        depth, names = self.frame.depth, self.state_names[visit.slot.layer]
-        if depth is None or not names:
-            return None
-        bank = depth.module_state.get(visit.slot.key)
-        if bank is None:
-            bank = depth.module_state[visit.slot.key] = [None] * len(names)
-        for (path, name), value in zip(names, bank, strict=True):
-            setattr(layer.get_submodule(path), name, value)
-        return bank
 
 
 def _settle(output: Any, frame: Frame) -> Any:
@@ -236,13 +281,24 @@ def _settle(output: Any, frame: Frame) -> Any:
     for key, value in list(items):
         if not isinstance(value, (tuple, list)):
             continue
-        if key == "hidden_states" and frame.states and len(value) > 1 and all(item is frame.hidden for item in value[:-1]):
+        if (
+            key == "hidden_states"
+            and frame.states
+            and len(value) > 1
+            and all(item is frame.hidden for item in value[:-1])
+        ):
             output[key] = (*frame.states[:-1], value[-1])
         elif any(isinstance(item, Placeholder) for item in value):
-            raise ValueError(f"output {key} of this model is collected layer by layer and is not available under a plan")
+            raise ValueError(
+                f"output {key} of this model is collected layer by layer and is not available under a plan"
+            )
     return output
 
 
 def looping_of(model: nn.Module) -> Looping | None:
     """What `attach` left on a model, or None."""
-    return next((m.loopwise for m in model.modules() if isinstance(m.__dict__.get("loopwise"), Looping)), None)
+    for module in model.modules():
+        looping = module.__dict__.get("loopwise")
+        if isinstance(looping, Looping):
+            return looping
+    return None

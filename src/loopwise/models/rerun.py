@@ -1,4 +1,6 @@
-"""Calls of a decoder that need further calls first: shared stores that are filled position by position, and catching up after a deeper plan.
+"""Calls of a decoder that need further calls first.
+
+Shared stores are filled position by position, and tokens of a shallower plan are caught up with.
 
 Shapes: B batch rows, T new tokens, P tokens already in the cache, D width.
 """
@@ -17,6 +19,7 @@ from loopwise.cache.policy import CachePolicy
 from loopwise.models.hub import find_cache, input_entry, new_cache
 from loopwise.plan.plans import Plan
 
+
 @dataclass(frozen=True, kw_only=True)
 class Rerun:
     """Outputs of earlier positions of the same call, and whether the caller asked for the cache."""
@@ -31,7 +34,7 @@ class Rerun:
         elif isinstance(output, tuple):
             joined = (torch.cat([part[0] for part in [*self.outputs, output]], dim=1), *output[1:])
         else:
-            joined = output
+            joined: Any = output
             joined["last_hidden_state"] = torch.cat([part.last_hidden_state for part in [*self.outputs, output]], dim=1)
             if output.get("hidden_states") is not None:
                 parts = zip(*[part.hidden_states for part in [*self.outputs, output]], strict=True)
@@ -41,7 +44,9 @@ class Rerun:
         return joined
 
 
-def plan_rerun(policy: CachePolicy, plan: Plan, owner: nn.Module, args: tuple, kwargs: dict) -> tuple[Rerun | None, tuple, dict]:
+def plan_rerun(
+    policy: CachePolicy, plan: Plan, owner: nn.Module, args: tuple, kwargs: dict
+) -> tuple[Rerun | None, tuple, dict]:
     """Make the calls that must come before this one; returns how to finish, and the arguments of what is left to do."""
     if policy.is_exact and policy.on_deeper == "refuse":
         return None, args, kwargs
@@ -54,9 +59,13 @@ def plan_rerun(policy: CachePolicy, plan: Plan, owner: nn.Module, args: tuple, k
     sharing = policy.prefill if depth is None or depth.complete is None else depth.sharing
     keep_cache = True
     if sharing.kind != "own" and cache is None:
-        cache_name = next((name for name in ("past_key_values", "cache_params") if name in _parameters(type(owner))), None)
+        cache_name = next(
+            (name for name in ("past_key_values", "cache_params") if name in _parameters(type(owner))), None
+        )
         if cache_name is None:
-            raise ValueError(f"cache policies last, first and ring need a cache, and {type(owner).__name__} takes none: use policy own")
+            raise ValueError(
+                f"{type(owner).__name__} takes no cache, which policies last, first and ring need: use policy own"
+            )
         keep_cache = bool(named.get("use_cache"))
         named |= {cache_name: new_cache(owner), "use_cache": True}
     outputs = []
@@ -68,7 +77,7 @@ def plan_rerun(policy: CachePolicy, plan: Plan, owner: nn.Module, args: tuple, k
 
 
 def remember_inputs(owner: nn.Module, cache: Any, args: tuple, kwargs: dict) -> None:
-    """Append the inputs of this call to an entry of the cache, which beam search, crop and batch operations then keep in step."""
+    """Append the inputs of this call to an entry of the cache, so that beam search and crop keep them in step."""
     named = _named(owner, args, kwargs)
     name, tensor = _first_input(named)
     positions = named.get("position_ids")
@@ -100,7 +109,7 @@ def _catch_up(owner: nn.Module, cache: Any, named: dict) -> None:
     mask = named.get("attention_mask")
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            raise ValueError("catching up to a deeper plan needs a 2-D attention mask [batch, past + new tokens]")
+            raise ValueError("catching up to a deeper plan is not available here: it needs a 2-D attention mask")
         prefix["attention_mask"] = mask[:, : inputs_B1PD.shape[2]]
     prefix[next(name for name, value in named.items() if value is cache)] = cache
     cache.depth.clear(cache)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -50,12 +50,14 @@ def load(
     if dtype is not None:
         options["dtype"] = dtype
     options["trust_remote_code"] = trust_remote_code
-    with _one_line(f"cannot load {source}"):
+    with _OneLine(f"cannot load {source}"):
         if "gguf_file" not in options:
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
             if getattr(config, "is_encoder_decoder", False):
-                raise ValueError(f"{source} is an encoder-decoder model ({config.model_type}): only decoders can be looped")
-        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+                raise ValueError(
+                    f"{source} is an encoder-decoder model ({config.model_type}): only decoders can be looped"
+                )
+        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(place, output_loading_info=True, **options)
         refuse_missing(info, str(source))
     model.eval()
     if plan is not None:
@@ -68,7 +70,7 @@ def load(
 def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> Any:
     """The tokenizer that comes with a source of `load`; `ValueError` when there is none."""
     place, options = _locate(source, gguf_file)
-    with _one_line(f"cannot load a tokenizer from {source}"):
+    with _OneLine(f"cannot load a tokenizer from {source}"):
         return AutoTokenizer.from_pretrained(place, **options)
 
 
@@ -78,8 +80,10 @@ def save(model: nn.Module, folder: str | Path, *, format: str = "loopwise") -> N
     Args:
         model: a model with a plan.
         folder: must not exist, or be empty.
-        format: "loopwise" (the base model's tensors and a configuration of type loopwise), "auto_map" (the same with one file of code that loads
-            without loopwise, through `trust_remote_code=True`), or "unroll" (the materialised model: plain transformers).
+        format: "loopwise" (the base model's tensors and a configuration of type loopwise), "auto_map" (the same with
+            one file of code that loads
+            without loopwise, through `trust_remote_code=True`), or "unroll" (the materialised model: plain
+            transformers).
 
     Raises:
         ValueError: unknown format, the folder is taken, the model has no plan, or it cannot be materialised.
@@ -91,7 +95,7 @@ def save(model: nn.Module, folder: str | Path, *, format: str = "loopwise") -> N
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name a new folder")
-    target = materialize(model) if format == "unroll" else base_model(model)
+    target: Any = materialize(model) if format == "unroll" else base_model(model)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
     try:
         target.save_pretrained(temporary)
@@ -130,7 +134,7 @@ def _locate(source: str | Path, gguf_file: str | None) -> tuple[str, dict[str, A
     return str(source), {}
 
 
-class _one_line:
+class _OneLine:
     """Turn whatever goes wrong while reading foreign files into a `ValueError` of one line."""
 
     def __init__(self, what: str):

@@ -1,8 +1,9 @@
 """Slice the recorded arguments of a layer to the rows and positions of a partial visit.
 
-Which axes of which argument are rows and which are tokens is *learned*, not guessed from names: the model is run twice on inputs of different
-shapes, and an axis that grew from 2 to 3 counts rows, one that grew from 5 to 7 counts tokens (both axes of a mask do), and one that grew from
-2h to 3h counts rows times h heads (ALiBi biases). So any architecture's masks, rotary tables and position ids are understood.
+Which axes of which argument are rows and which are tokens is *learned*, not guessed from names: the model is run twice
+on inputs of different shapes, and an axis that grew from 2 to 3 counts rows, one that grew from 5 to 7 counts tokens
+(both axes of a mask do), and one that grew from 2h to 3h counts rows times h heads (ALiBi biases). So any
+architecture's masks, rotary tables and position ids are understood.
 
 Shapes: B rows, T tokens, b selected rows, t selected positions.
 """
@@ -10,7 +11,7 @@ Shapes: B rows, T tokens, b selected rows, t selected positions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,11 +19,8 @@ from torch import nn
 from loopwise.loop.execute import Visit, take
 from loopwise.models.hub import probe_inputs
 
-if TYPE_CHECKING:
-    from loopwise.models.playing import Frame, Looping
-
-ArgumentPath = tuple[Any, ...]
-Axes = list[dict[ArgumentPath, tuple[str | None, ...]]]
+ArgumentPath: TypeAlias = tuple[Any, ...]
+Axes: TypeAlias = list[dict[ArgumentPath, tuple[str | None, ...]]]
 _PROBES = ((2, 5), (3, 7))
 
 
@@ -35,7 +33,8 @@ def learn_axes(model: nn.Module, layers: nn.ModuleList) -> Axes:
     for num_rows, num_tokens in _PROBES:
         seen: list[dict] = [{} for _ in layers]
         handles = [
-            layer.register_forward_pre_hook(_shape_recorder(seen[i]), with_kwargs=True) for i, layer in enumerate(layers)
+            layer.register_forward_pre_hook(_shape_recorder(seen[i]), with_kwargs=True)
+            for i, layer in enumerate(layers)
         ]
         inputs = probe_inputs(model, num_rows, num_tokens)
         mask = torch.ones_like(inputs["input_ids"])
@@ -53,22 +52,23 @@ def learn_axes(model: nn.Module, layers: nn.ModuleList) -> Axes:
     ]
 
 
-def slice_call(looping: Looping, frame: Frame, visit: Visit, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def slice_call(
+    axes: dict[ArgumentPath, tuple[str | None, ...]], hidden_BTD: torch.Tensor, visit: Visit, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
     """The recorded arguments of a layer, restricted to a visit's rows and positions.
 
     Raises:
-        ValueError: the call uses a cache, or an argument's axes are not known.
+        ValueError: an argument's axes are not known.
     """
-    if frame.cache is not None:
-        raise ValueError("visits on a part of the rows or tokens are not available with a cache: call the model with use_cache=False")
-    axes = looping.axes[visit.slot.layer]
 
     def cut(path: ArgumentPath, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor is frame.hidden or tensor.ndim == 0:
+        if tensor is hidden_BTD or tensor.ndim == 0:
             return tensor
-        if path not in axes or len(axes[path]) != tensor.ndim:
-            raise ValueError(f"argument {'.'.join(map(str, path))} of layer {visit.slot.layer} cannot be sliced to rows and tokens")
-        return _cut(tensor, axes[path], visit, frame.hidden.shape[0])
+        if path not in axes or len(axes[path]) != tensor.ndim or "unknown" in axes[path]:
+            raise ValueError(
+                f"argument {'.'.join(map(str, path))} of layer {visit.slot.layer} cannot be sliced to rows and tokens"
+            )
+        return _cut(tensor, axes[path], visit, hidden_BTD.shape[0])
 
     args = tuple(_map_tensors(value, (i,), cut) for i, value in enumerate(args))
     return args, {name: _map_tensors(value, (name,), cut) for name, value in kwargs.items()}
@@ -87,6 +87,8 @@ def _cut(tensor: torch.Tensor, roles: tuple[str | None, ...], visit: Visit, num_
         for axis in tokens:
             tensor = tensor.index_select(axis, visit.positions)
         return tensor
+    if batch is None:  # the same for all rows: an axis of size 1, or none at all
+        batch = next((axis for axis in range(tokens[0]) if tensor.shape[axis] == 1), None)
     if batch is None:
         tensor, batch, tokens = tensor.unsqueeze(0), 0, [axis + 1 for axis in tokens]
     tensor = tensor.movedim(batch, 0)

@@ -1,5 +1,6 @@
-"""What a looped model is on disk: the base model's own tensors, and a configuration of type "loopwise" that wraps the base configuration and the plan.
+"""What a looped model is on disk.
 
+It is the base model's own tensors, and a configuration of type "loopwise" that wraps the base configuration and the plan.
 `save_pretrained` of an attached model writes this form.
 """
 
@@ -11,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from loopwise.io.atomic import write_text
 from loopwise.models.playing import looping_of
@@ -52,7 +52,9 @@ class LoopwiseConfig(PreTrainedConfig):
         if not isinstance(self.base_config, dict) or not isinstance(self.base_config.get("model_type"), str):
             raise ValueError("config.json is of type loopwise but holds no base_config with a model_type")
         if self.components:
-            raise ValueError(f"config.json has components that this version does not know: {', '.join(map(str, self.components))}")
+            raise ValueError(
+                f"config.json has components that this version does not know: {', '.join(map(str, self.components))}"
+            )
         values = dict(self.base_config)
         return AutoConfig.for_model(values.pop("model_type"), **values)
 
@@ -60,11 +62,11 @@ class LoopwiseConfig(PreTrainedConfig):
 class SavePretrained:
     """`save_pretrained` of an attached model: what its class writes, with the configuration wrapped."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def __call__(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write tensors, generation settings and the wrapped configuration into a folder; arguments as in transformers."""
+        """Write tensors and the wrapped configuration into a folder; arguments as in transformers."""
         type(self.model).save_pretrained(self.model, save_directory, **kwargs)
         path = Path(save_directory) / "config.json"
         looping = looping_of(self.model)
@@ -96,7 +98,7 @@ def wrap_config(base: dict[str, Any], looping: Any) -> dict[str, Any]:
     return wrapped
 
 
-def keep_plan_on_save(model: nn.Module) -> Any:
+def keep_plan_on_save(model: PreTrainedModel) -> PreTrainedModel:
     """Make `save_pretrained` of an attached model write the plan too."""
-    model.save_pretrained = SavePretrained(model)
+    model.__dict__["save_pretrained"] = SavePretrained(model)
     return model

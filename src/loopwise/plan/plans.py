@@ -173,6 +173,10 @@ class Plan(ImmutablePlanPart):
             raise PlanError("the plan has no loop; write one, for example 0-1 core:(2-5)x4 6-7")
         raise PlanError(f"the plan has {len(self._all_loops)} loops and none is named core; set counts by name")
 
+    def capped(self, limit: int) -> Plan:
+        """The plan with no loop run more than `limit` times: the same transitions between layers, in fewer visits."""
+        return Plan(_recount_loops(self.nodes, lambda loop: min(loop.count, limit)))
+
     def _check_loop_exists(self, name: Any) -> None:
         loops = self.loops
         if name in loops:

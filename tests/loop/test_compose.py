@@ -1,0 +1,106 @@
+"""One law per pair of capabilities that the matrix says runs; the matrix and this table must agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_inputs, tiny_model
+
+import loopwise
+from loopwise.loop.compose import CAPABILITIES, matrix
+
+PLAN = "0 core:(1-4)x2 5"
+GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+SAMPLED = GREEDY | {"do_sample": True, "temperature": 0.8, "top_k": 20}
+LOOKUP = GREEDY | {"prompt_lookup_num_tokens": 3}
+
+
+def looped():
+    return loopwise.attach(tiny_model("llama"), PLAN)
+
+
+def prompt(batch=1):
+    ids_BT = tiny_inputs(looped(), batch=batch, length=6)
+    return torch.cat([ids_BT, ids_BT], dim=1)  # repeats itself, so that lookups hit
+
+
+def generate(model, ids_BT, seed=0, **options):
+    torch.manual_seed(seed)
+    return model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **options)
+
+
+def with_adapters(model):
+    config = LoraConfig(
+        r=2, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    return get_peft_model(model, config).eval()
+
+
+def loop_and_sampler():
+    model, ids_BT = looped(), prompt(2)
+    plain = loopwise.materialize(model)
+    for options in (SAMPLED, GREEDY | {"num_beams": 3}):
+        assert torch.equal(generate(model, ids_BT, **options), generate(plain, ids_BT, **options))
+
+
+def loop_and_speculation():
+    model, ids_BT = looped(), prompt()
+    want = generate(model, ids_BT, **GREEDY)
+    assert torch.equal(generate(model, ids_BT, **LOOKUP), want)
+    assistant = loopwise.attach(tiny_model("llama"), "0 core:(1-4)x1 5")
+    assert torch.equal(generate(model, ids_BT, assistant_model=assistant, **GREEDY), want)
+
+
+def loop_and_adapters():
+    model, ids_BT = looped(), prompt(2)
+    before = model(ids_BT).logits
+    after_attach = with_adapters(model)
+    assert not torch.allclose(after_attach(ids_BT).logits, before, atol=1e-3)
+    before_attach = loopwise.attach(with_adapters(tiny_model("llama")), PLAN)
+    assert torch.equal(after_attach(ids_BT).logits, before_attach(ids_BT).logits)
+    merged = after_attach.merge_and_unload()
+    plain = loopwise.materialize(merged)
+    torch.testing.assert_close(merged(ids_BT).logits, plain(ids_BT).logits, atol=1e-5, rtol=1e-5)
+
+
+def sampler_and_adapters():
+    model, ids_BT = with_adapters(looped()), prompt(2)
+    sampled = generate(model, ids_BT, **SAMPLED)
+    merged = model.merge_and_unload()
+    assert torch.equal(sampled, generate(merged, ids_BT, **SAMPLED))
+
+
+def sampler_and_speculation():
+    model, ids_BT = looped(), prompt()
+    certain = LOOKUP | {"do_sample": True, "top_k": 1}
+    assert torch.equal(generate(model, ids_BT, **certain), generate(model, ids_BT, **GREEDY))
+
+
+def speculation_and_adapters():
+    model, ids_BT = with_adapters(looped()), prompt()
+    assert torch.equal(generate(model, ids_BT, **LOOKUP), generate(model, ids_BT, **GREEDY))
+
+
+LAWS = {
+    ("loop", "sampler"): loop_and_sampler,
+    ("loop", "speculation"): loop_and_speculation,
+    ("loop", "adapters"): loop_and_adapters,
+    ("sampler", "speculation"): sampler_and_speculation,
+    ("sampler", "adapters"): sampler_and_adapters,
+    ("speculation", "adapters"): speculation_and_adapters,
+}
+
+
+def test_every_pair_has_a_law_or_a_reason():
+    cells = matrix()
+    names = [capability.name for capability in CAPABILITIES]
+    assert len(cells) == len(names) * (len(names) - 1) // 2
+    assert {pair for pair, cell in cells.items() if cell.status == "runs"} == set(LAWS)
+    assert all(cell.reason for cell in cells.values() if cell.status != "runs")
+
+
+@pytest.mark.parametrize("pair", LAWS, ids=" with ".join)
+def test_pair(pair):
+    LAWS[pair]()
