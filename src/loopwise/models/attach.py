@@ -6,6 +6,7 @@ else: the model stays an instance of its own class, with its own parameters unde
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -42,7 +43,7 @@ def attach(
 
     The model is changed in place and returned. It is first tried on a few tokens: under the identity plan its logits
     must be bit for bit what they were. `generate`, training, `save_pretrained`, PEFT and deepcopy go on working;
-    `model(input_ids, loops=2)` changes the iteration count of one call.
+    `model(input_ids, loops=2)` and `model.generate(..., loops=2)` change the iteration count of one call.
 
     Args:
         model: a transformers causal language model, or one wrapped by PEFT.
@@ -54,8 +55,7 @@ def attach(
 
     Raises:
         ValueError: the plan names layers that do not exist, the model has a plan already, is an encoder-decoder, has no
-            recognisable layer list, or
-            computes something between its layers.
+            recognisable layer list, or computes something between its layers.
     """
     plan = _as_plan(plan)
     policy = CachePolicy.parse(cache, on_deeper)
@@ -64,6 +64,7 @@ def attach(
     refuse_encoder_decoder(model)
     if looping_of(model) is not None:
         raise ValueError("this model has a plan already: detach it first, or use set_loops to change counts")
+    _warn_of_annotations(plan)
     found, looping = _calibrate(model, plan, policy)
     if hooks:
         looping.hooks = list(hooks)
@@ -73,6 +74,7 @@ def attach(
     looping.plan = plan
     _try_plan(model, plan)
     keep_plan_on_save(base_model(model))
+    base_model(model).__dict__["generate"] = Generate(base_model(model))
     return model
 
 
@@ -87,7 +89,8 @@ def detach(model: nn.Module) -> nn.Module:
         _remove_hooks(module, looping)
         if module.__dict__.get("loopwise") is looping:
             del module.__dict__["loopwise"]
-    base_model(model).__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", "generate"):
+        base_model(model).__dict__.pop(name, None)
     return model
 
 
@@ -138,6 +141,21 @@ def set_hooks(model: nn.Module, hooks: Sequence[Hook]) -> nn.Module:
             looping.axes = learn_axes(model, cast(nn.ModuleList, owner._modules[looping.name]))
     looping.hooks = list(hooks)
     return model
+
+
+class Generate:
+    """`generate` of an attached model: that of its class, with `loops=` for the length of the call."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, loops: int | Mapping[str, int] | None = None, **kwargs: Any) -> Any:
+        """Arguments and result as in transformers."""
+        generate: Any = type(self.model).generate  # pyright: ignore[reportAttributeAccessIssue]
+        if loops is None:
+            return generate(self.model, *args, **kwargs)
+        with use_loops(self.model, loops):
+            return generate(self.model, *args, **kwargs)
 
 
 class PerCallLoops:
@@ -271,6 +289,15 @@ def _looping(model: nn.Module) -> Looping:
     if looping is None:
         raise ValueError("this model has no plan: use loopwise.attach(model, plan) first")
     return looping
+
+
+def _warn_of_annotations(plan: Plan) -> None:
+    unknown = sorted({name for slot in plan.capped(1).slots for name in plan.annotations(slot)})
+    if unknown:
+        warnings.warn(
+            f"plan annotations {', '.join(unknown)} are kept with the plan, but have no effect on an attached model",
+            stacklevel=3,
+        )
 
 
 def _as_plan(plan: Plan | str) -> Plan:

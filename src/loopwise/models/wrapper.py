@@ -1,6 +1,6 @@
 """What a looped model is on disk.
 
-It is the base model's own tensors, and a configuration of type "loopwise" that wraps the base configuration and the plan.
+The base model's own tensors, and a configuration of type "loopwise" that wraps the base configuration and the plan;
 `save_pretrained` of an attached model writes this form.
 """
 
