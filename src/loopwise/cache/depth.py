@@ -58,10 +58,9 @@ class DepthCache:
 
         Raises:
             ValueError: a slot is visited that earlier tokens in this cache did not visit, under a policy that refuses
-                that.
+                that; or those tokens were computed under another plan.
         """
-        if self.complete is not None and not decoding and self._was_reset(cache):
-            self.clear(cache)
+        self.clear_if_emptied(cache, decoding=decoding)
         if self.complete is None:
             self._lay_out(cache, slots)
         elif decoding and self.sharing != self.policy.decode:
@@ -74,6 +73,9 @@ class DepthCache:
                 "this call goes deeper than earlier tokens of its cache did: start a new cache, or use "
                 "set_cache(model, ..., on_deeper='catch_up'), or a policy with shared stores (last, first)"
             )
+        used = ((self.sharing.store(slot), i) for slot in slots for i in self.indices[slot.layer])
+        if any(store not in self.index for store in used if store[1] < len(self.pristine)):
+            raise ValueError("this cache was filled under another plan: start a new cache")
         self.complete = visited if self.complete is None else self.complete & visited
 
     def goes_deeper(self, slots: Iterable[Slot], *, decoding: bool) -> bool:
@@ -90,10 +92,10 @@ class DepthCache:
         self.module_state.clear()
         self.sharing, self.complete = self.policy.prefill, None
 
-    def _was_reset(self, cache: Any) -> bool:
-        lengths = [entry.get_seq_length() for entry in cache.layers if hasattr(entry, "get_seq_length")]
-        states = [flag for entry in cache.layers for flag in getattr(entry, "has_previous_state", {}).values()]
-        return not any(int(length) for length in lengths) and not any(states)
+    def clear_if_emptied(self, cache: Any, *, decoding: bool) -> None:
+        """Start anew where the caller has reset the cache, or cropped all of it away."""
+        if self.complete is not None and not any(_holds_tokens(entry, decoding) for entry in cache.layers):
+            self.clear(cache)
 
     def view(self, cache: Any, slot: Slot) -> Any:
         """A shallow copy of the cache in which the layer of `slot` finds the store of `slot` at its own index."""
@@ -138,7 +140,11 @@ class DepthCache:
             self.slots.setdefault(store, place)
 
     def _order(self, stores: Iterable[tuple[StoreKey, int]]) -> list[tuple[StoreKey, int]]:
-        """Entry i is layer i's first store; the places of dropped layers are filled from others of the same kind."""
+        """Entry i is layer i's first store; the places of dropped layers are filled from others of the same kind.
+
+        The first of a kind is asked for lengths: first iterations, which no call leaves out, fill the places before
+        later ones do.
+        """
         places: list[tuple[StoreKey, int] | None] = [None] * len(self.pristine)
         extra = []
         for store in stores:
@@ -150,7 +156,8 @@ class DepthCache:
         for hole in range(len(places)):
             if places[hole] is None:
                 later = [store for store in places[:hole:-1] if store is not None]
-                donor = next((store for store in extra + later if kinds[store[1]] is kinds[hole]), None)
+                always = [store for store in extra if not any(store[0][1])]
+                donor = next((store for store in always + later + extra if kinds[store[1]] is kinds[hole]), None)
                 if donor in extra:
                     extra.remove(donor)
                 elif donor is not None:
@@ -163,7 +170,7 @@ class DepthCache:
         kept: dict[tuple[StoreKey, int], int] = {}
         for ((position, iterations), i), place in sorted(self.index.items()):
             slot = Slot(position=position, iterations=iterations, layer=0)
-            if not sharing.reads_only(slot):
+            if slot.key in (self.complete or ()) and not sharing.reads_only(slot):
                 kept[sharing.store(slot), i] = place
         entries = list(cache.layers)
         _refuse_unshareable([entries[place] for place in kept.values()])
@@ -213,6 +220,15 @@ class _Reader:
     def update(self, *args: Any, **kwargs: Any):
         """Ignore the new keys and values; return the stored `(keys, values)`."""
         return self._read
+
+
+def _holds_tokens(entry: Any, decoding: bool) -> bool:
+    if any(getattr(entry, "has_previous_state", {}).values()):
+        return True
+    length = entry.get_seq_length() if hasattr(entry, "get_seq_length") else 0
+    if decoding and isinstance(length, torch.Tensor):
+        return True  # a static cache: reading its length at every token would wait for the device
+    return int(length) > 0
 
 
 def _refuse_unshareable(entries: Iterable[Any]) -> None:

@@ -13,6 +13,8 @@ from tyro.conf import arg
 import loopwise
 from loopwise.cli import common
 
+_MEASURED_TOKENS = 512
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(common.Source):
@@ -63,6 +65,21 @@ class Generate(common.Source):
         print()
         count = len(text_ids)
         print(f"{count} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
+        _report_cache_error(model, input_ids, text_ids, self.cache)
+
+
+def _report_cache_error(model: Any, input_ids: Any, text_ids: list[int], policy: str | None) -> None:
+    """An approximate cache policy says how far it was off on this very text."""
+    import torch
+
+    from loopwise.cache.policy import CachePolicy
+    from loopwise.measure.cache import cache_error
+
+    if policy is None or CachePolicy.parse(policy).is_exact:
+        return
+    all_ids = torch.cat([input_ids, torch.tensor([text_ids], dtype=torch.long)], dim=1)[:, :_MEASURED_TOKENS]
+    split = min(input_ids.shape[1], all_ids.shape[1] - 1)
+    print(cache_error(model, all_ids.to(model.device), policy, prefill=split), file=sys.stderr)
 
 
 def check_sampling(max_new_tokens: int, temperature: float) -> None:

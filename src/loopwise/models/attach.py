@@ -21,6 +21,7 @@ from loopwise.models.hub import (
     base_model,
     cache_indices,
     layer_lists,
+    leak,
     probe_inputs,
     refuse_encoder_decoder,
 )
@@ -65,14 +66,14 @@ def attach(
     if looping_of(model) is not None:
         raise ValueError("this model has a plan already: detach it first, or use set_loops to change counts")
     _warn_of_annotations(plan)
-    found, looping = _calibrate(model, plan, policy)
+    found, looping, was_causal = _calibrate(model, plan, policy)
     if hooks:
         looping.hooks = list(hooks)
         with eval_mode(model):
             looping.axes = learn_axes(model, found.layers)
     _install(model, found.owner, looping)
     looping.plan = plan
-    _try_plan(model, plan)
+    _try_plan(model, plan, was_causal)
     keep_plan_on_save(base_model(model))
     base_model(model).__dict__["generate"] = Generate(base_model(model))
     return model
@@ -166,6 +167,7 @@ class PerCallLoops:
 
     def begin(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the model."""
+        self.looping.loops = None
         if "loops" not in kwargs:
             return None
         kwargs = dict(kwargs)
@@ -177,18 +179,18 @@ class PerCallLoops:
         self.looping.loops = None
 
 
-def _calibrate(model: nn.Module, plan: Plan, policy: CachePolicy) -> tuple[LayerList, Looping]:
+def _calibrate(model: nn.Module, plan: Plan, policy: CachePolicy) -> tuple[LayerList, Looping, bool]:
     """Find the layer list and prove on a few tokens that playing the identity plan changes nothing."""
     reason = "it has no recognisable list of decoder layers"
     for found in layer_lists(model):
         try:
             with eval_mode(model):
-                looping = _try(model, found, policy)
+                looping, was_causal = _try(model, found, policy)
         except _NotThisListError as error:
             reason = str(error)
             continue
         plan.validate(len(found.layers))
-        return found, looping
+        return found, looping, was_causal
     raise ValueError(f"{type(base_model(model)).__name__} cannot be looped: {reason}")
 
 
@@ -196,7 +198,7 @@ class _NotThisListError(ValueError):
     """A candidate is not the decoder's layer list."""
 
 
-def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> Looping:
+def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> tuple[Looping, bool]:
     layers = found.layers
     called: list[int] = []
     outputs: dict[int, Any] = {}
@@ -211,10 +213,12 @@ def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> Looping:
     before = _tensor_attributes(layers)
     handles = [layer.register_forward_hook(note(i)) for i, layer in enumerate(layers)]
     try:
-        plain = model(**probe_inputs(model)).logits
+        plain = getattr(model(**probe_inputs(model)), "logits", None)
     finally:
         for handle in handles:
             handle.remove()
+    if plain is None:
+        raise ValueError(f"{type(base_model(model)).__name__} returns no logits: only language models can be looped")
     if called != list(range(len(layers))):
         raise _NotThisListError(f"{found.path} is not called once and in order")
     looping = Looping(
@@ -243,16 +247,18 @@ def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> Looping:
         _put_back(layers, before)
     if not torch.equal(plain, played):
         raise _NotThisListError("its forward does more between the layers than pass the hidden state on")
-    return looping
+    return looping, leak(plain) < 1e-3
 
 
-def _try_plan(model: nn.Module, plan: Plan) -> None:
+def _try_plan(model: nn.Module, plan: Plan, was_causal: bool) -> None:
     """Refuse a plan in which a layer lacks what another was to compute first, such as shared keys and values."""
     looping = _looping(model)
     hooks, looping.hooks, looping.plan = looping.hooks, [], plan.capped(2)
     try:
         with eval_mode(model):
-            model(**probe_inputs(model))
+            logits = model(**probe_inputs(model)).logits
+        if was_causal and leak(logits) > 1e-2:
+            raise ValueError("its layers hand the state of a whole sequence on, so that tokens would see later ones")
     except Exception as error:  # whatever the layers say
         detach(model)
         reason = (str(error).strip().splitlines() or [""])[0][:200]

@@ -1,6 +1,6 @@
 """What the Auto classes of transformers see of a looped model.
 
-`LoopwiseForCausalLM` is a door, not a model: its `from_pretrained` returns an instance of the base model's own class,
+`LoopedForCausalLM` is a door, not a model: its `from_pretrained` returns an instance of the base model's own class,
 attached.
 """
 
@@ -18,7 +18,7 @@ from loopwise.models.wrapper import LoopwiseConfig
 from loopwise.plan.plans import Plan
 
 
-class LoopwiseForCausalLM:
+class LoopedForCausalLM:
     """The door through which the Auto classes load looped models."""
 
     config_class = LoopwiseConfig
@@ -58,7 +58,7 @@ class LoopwiseForCausalLM:
 def register() -> None:
     """Tell the Auto classes of transformers about type "loopwise"; safe to call again."""
     AutoConfig.register(LoopwiseConfig.model_type, LoopwiseConfig, exist_ok=True)
-    AutoModelForCausalLM.register(LoopwiseConfig, LoopwiseForCausalLM, exist_ok=True)
+    AutoModelForCausalLM.register(LoopwiseConfig, LoopedForCausalLM, exist_ok=True)
 
 
 def align(model: torch.nn.Module) -> None:

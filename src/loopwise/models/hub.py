@@ -16,6 +16,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+try:
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+except ImportError:  # before the hooks were placed on first use
+    maybe_install_capturing_hooks = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,19 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoders can be looped")
 
 
+def place_output_hooks(owner: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Place the hooks with which transformers collects what a call asks for, such as hidden states.
+
+    transformers places them once, inside the first forward that asks; by then the list shows recorders.
+    """
+    names = getattr(owner, "_can_record_outputs", None)
+    if not names or maybe_install_capturing_hooks is None or owner.__dict__.get("_output_capturing_hooks_installed"):
+        return
+    keys = {"output_attentions", *(f"output_{name}" for name in names)}
+    if any(kwargs.get(key, getattr(owner.config, key, False)) for key in keys):
+        maybe_install_capturing_hooks(owner)
+
+
 def cache_indices(layers: nn.ModuleList) -> tuple[tuple[int, ...], ...]:
     """For every layer, the cache entries that it addresses (most layers one, LongCat's two attentions two)."""
     groups = []
@@ -157,12 +180,22 @@ def past_length(cache: Cache) -> int:
 
 
 def probe_inputs(model: nn.Module, num_rows: int = 2, num_tokens: int = 5) -> dict[str, torch.Tensor]:
-    """A few tokens to try a model on: `input_ids` int64 `[num_rows, num_tokens]`, on its device."""
+    """A few tokens to try a model on: `input_ids` int64 `[num_rows, num_tokens]`, on its device.
+
+    The rows differ in their last token only: one forward then also shows whether a later token reaches earlier logits.
+    """
     config = text_config(model)
     limit = max(2, min(getattr(config, "vocab_size", 64), 64))
     device = next(model.parameters()).device
-    ids = (torch.arange(num_rows * num_tokens, device=device) * 7 + 3) % limit
-    return {"input_ids": ids.view(num_rows, num_tokens)}
+    ids = ((torch.arange(num_tokens, device=device) * 7 + 3) % limit).repeat(num_rows, 1)
+    ids[:, -1] = (ids[:, -1] + torch.arange(num_rows, device=device) * 5) % limit
+    return {"input_ids": ids}
+
+
+def leak(logits: torch.Tensor) -> float:
+    """How far the last token of `probe_inputs` changes earlier logits `[rows, tokens, vocabulary]`, over the largest."""
+    earlier = logits[:, :-1].float()
+    return ((earlier - earlier[:1]).abs().max() / earlier.abs().max().clamp(min=1e-30)).item()
 
 
 def build_model(like: PreTrainedModel, config: Any) -> PreTrainedModel:
@@ -176,3 +209,51 @@ def build_model(like: PreTrainedModel, config: Any) -> PreTrainedModel:
     if getattr(like, "generation_config", None) is not None:
         twin.generation_config = copy.deepcopy(like.generation_config)
     return twin
+
+
+def decoder_mask(
+    kind: str,
+    config: Any,
+    hidden_BTD: torch.Tensor,
+    mask_BT: torch.Tensor | None,
+    cache: Cache | None,
+    position_ids_BT: torch.Tensor | None = None,
+    *,
+    prefix_BT: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+) -> Any:
+    """The attention mask of a decoder of our own, in the form that `config._attn_implementation` wants.
+
+    Args:
+        kind: "causal", "bidirectional", or "prefix" (causal, and tokens of the prefix also see each other).
+        config: a transformers configuration.
+        hidden_BTD: the embeddings; only shape, dtype and device are read.
+        mask_BT: 1 for tokens, 0 for padding, over all tokens so far; or a mask of 4 axes, which is returned as it is.
+        cache: what earlier calls left, or None.
+        position_ids_BT: positions; where they start again inside a row, a new text starts (packing).
+        prefix_BT: true for tokens of the prefix. Read in the first call only, as in HRM-Text: tokens in a cache have
+            been computed without those that come later.
+        sliding_window: a token sees itself and the `sliding_window - 1` before it.
+
+    Returns:
+        A mask, or None when the attention function needs none.
+
+    Raises:
+        ValueError: prefix tokens for another kind of mask, or with a flash attention (which has no such mask).
+    """
+    if prefix_BT is not None and kind != "prefix":
+        raise ValueError(f"prefix tokens were given but the mask is {kind!r}: use mask 'prefix' or leave them out")
+    if kind == "bidirectional":
+        return create_bidirectional_mask(config, hidden_BTD, mask_BT)
+    blocks = None
+    if prefix_BT is not None and (cache is None or int(cache.get_seq_length()) == 0):
+        if "flash" in str(config._attn_implementation):
+            raise ValueError("mask 'prefix' is not available with flash attention: use sdpa, eager or flex_attention")
+        blocks = torch.where(prefix_BT.bool(), 0, -1)
+    make = create_causal_mask
+    if sliding_window is not None:
+        make = create_sliding_window_causal_mask
+        if getattr(config, "sliding_window", None) != sliding_window:
+            config = copy.copy(config)
+            config.sliding_window = sliding_window
+    return make(config, hidden_BTD, mask_BT, cache, position_ids_BT, block_sequence_ids=blocks)

@@ -22,7 +22,7 @@ from torch import nn
 from loopwise.cache.depth import DepthCache
 from loopwise.cache.policy import CachePolicy
 from loopwise.loop.execute import Hook, Visit, execute
-from loopwise.models.hub import find_cache, past_length, refuse_foreign_cache, with_view
+from loopwise.models.hub import find_cache, past_length, place_output_hooks, refuse_foreign_cache, with_view
 from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs
 from loopwise.models.slicing import Axes, slice_call
 from loopwise.plan.nodes import Slot
@@ -67,12 +67,14 @@ class Placeholder:
 class Frame:
     """One running forward: what was recorded, and the playing of the plan."""
 
-    def __init__(self, looping: Looping, plan: Plan, layers: nn.ModuleList, rerun: Rerun | None, collect_states: bool):
+    def __init__(self, looping: Looping, plan: Plan, owner: nn.Module, rerun: Rerun | None, collect_states: bool):
         self.looping = looping
         self.plan = plan
-        self.layers = layers
+        self.owner = owner
+        self.layers = cast(nn.ModuleList, owner._modules[looping.name])
         self.rerun = rerun
         self.hidden = torch.empty(0)
+        self.played = self.hidden
         self.calls: list[tuple[tuple, dict]] = []
         self.extras: dict[int, list] = {}
         self.last_extras: list | None = None
@@ -94,8 +96,13 @@ class Frame:
             return returns.pack(
                 hidden, [Placeholder(index, k) if flag else None for k, flag in enumerate(returns.extras)]
             )
-        hidden = self.play()
-        return returns.pack(hidden, self.extras.get(index, [None] * len(returns.extras)))
+        try:
+            self.played = self.play()
+        except BaseException as error:
+            if not isinstance(error, Exception):  # torch calls post-hooks after errors, but not after KeyboardInterrupt
+                self.looping.leave()
+            raise
+        return returns.pack(self.played, self.extras.get(index, [None] * len(returns.extras)))
 
     def play(self) -> torch.Tensor:
         """Visit the slots of the plan with the real layers; returns the hidden state `[B, T, D]`."""
@@ -193,7 +200,7 @@ class Looping:
         state_names: per layer, (module path, attribute) of recurrent state kept on modules; empty when no layer does.
         hooks: called around every visit.
         axes: per layer, the meaning of the axes of its arguments (see `slicing`); learned when hooks are set.
-        loops: iteration counts of the running call only.
+        loops: iteration counts of the running call of this thread only.
     """
 
     def __init__(
@@ -214,50 +221,70 @@ class Looping:
         self.state_names = state_names
         self.hooks: list[Hook] = []
         self.axes: Axes = []
-        self.loops: int | Mapping[str, int] | None = None
+        self._calls = threading.local()
         self.frame: Frame | None = None
         self.recorders = nn.ModuleList(Recorder(self, i) for i in range(len(returns)))
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "frame")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_calls", "frame")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, frame=None, _lock=threading.RLock())
+        self.__dict__.update(state, frame=None, _lock=threading.RLock(), _calls=threading.local())
+
+    @property
+    def loops(self) -> int | Mapping[str, int] | None:
+        return getattr(self._calls, "loops", None)
+
+    @loops.setter
+    def loops(self, loops: int | Mapping[str, int] | None) -> None:
+        self._calls.loops = loops
 
     def begin(self, owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the owner: show the recorders."""
         self._lock.acquire()  # recording is per module: one forward at a time
-        loops = kwargs.pop("loops", None)
-        loops = self.loops if loops is None else loops
-        plan = self.plan if loops is None else self.plan.with_loops(loops)
-        configured, self.plan, self.loops = (self.plan, self.loops), plan, None
         try:
-            rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
-        finally:
-            self.plan, self.loops = configured
-        collect = kwargs.get("output_hidden_states") or getattr(
-            getattr(owner, "config", None), "output_hidden_states", False
-        )
-        self.frame = Frame(self, plan, cast(nn.ModuleList, owner._modules[self.name]), rerun, bool(collect))
+            if self.frame is not None:  # a call of this thread that KeyboardInterrupt ended before the layers ran
+                self.leave()
+            loops = kwargs.pop("loops", None)
+            loops = self.loops if loops is None else loops
+            plan = self.plan if loops is None else self.plan.with_loops(loops)
+            configured, self.plan, self.loops = (self.plan, self.loops), plan, None
+            try:
+                rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
+            finally:
+                self.plan, self.loops = configured
+            collect = kwargs.get("output_hidden_states") or getattr(
+                getattr(owner, "config", None), "output_hidden_states", False
+            )
+            place_output_hooks(owner, kwargs)
+            self.frame = Frame(self, plan, owner, rerun, bool(collect))
+        except BaseException:
+            self._lock.release()
+            raise
+        self._calls.is_open = True
         owner._modules[self.name] = self.recorders
         return args, kwargs
 
     def end(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward post-hook of the owner, called after errors too: show the real layers again."""
-        frame, self.frame = self.frame, None
-        try:
-            if frame is None:
-                return output
-            owner._modules[self.name] = frame.layers
-            if output is None:
-                return None
-            if self.policy.on_deeper == "catch_up" and frame.cache is not None:
-                remember_inputs(owner, frame.cache, args, kwargs)
-            output = _settle(output, frame)
-            return frame.rerun.finish(output) if frame.rerun else output
-        finally:
-            self._lock.release()
+        if not getattr(self._calls, "is_open", False):  # the call failed before or in `begin`
+            return output
+        frame = self.leave()
+        if output is None:
+            return None
+        if self.policy.on_deeper == "catch_up" and frame.cache is not None:
+            remember_inputs(owner, frame.cache, args, kwargs)
+        output = _settle(output, frame)
+        return frame.rerun.finish(output) if frame.rerun else output
+
+    def leave(self) -> Frame:
+        """Show the real layers again and let other threads in; returns the frame that has ended."""
+        frame, self.frame = cast(Frame, self.frame), None
+        frame.owner._modules[self.name] = frame.layers
+        self._calls.is_open = False
+        self._lock.release()
+        return frame
 
     def depth_of(self, cache: Any) -> DepthCache:
         """The depth cache inside a transformers cache, made on first use.
@@ -281,18 +308,23 @@ def _settle(output: Any, frame: Frame) -> Any:
     for key, value in list(items):
         if not isinstance(value, (tuple, list)):
             continue
-        if (
-            key == "hidden_states"
-            and frame.states
-            and len(value) > 1
-            and all(item is frame.hidden for item in value[:-1])
-        ):
-            output[key] = (*frame.states[:-1], value[-1])
+        if key == "hidden_states" and frame.states and _is_collected_by_forward(value, frame):
+            states = frame.states[:-1] if value[-2] is frame.hidden else frame.states[1:]
+            output[key] = (*states, value[-1])
         elif any(isinstance(item, Placeholder) for item in value):
             raise ValueError(
                 f"output {key} of this model is collected layer by layer and is not available under a plan"
             )
     return output
+
+
+def _is_collected_by_forward(states: Any, frame: Frame) -> bool:
+    """True for hidden states that the model's forward collected itself: before (most) or after (Mamba) every layer, then
+    the last one. What hooks on the layers collected is right as it is.
+    """
+    if len(states) != len(frame.layers) + 1 or not all(item is frame.hidden for item in states[:-2]):
+        return False
+    return states[-2] is frame.hidden or states[-2] is frame.played
 
 
 def looping_of(model: nn.Module) -> Looping | None:

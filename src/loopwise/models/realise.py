@@ -32,6 +32,19 @@ _COUNTS = (
     "encoder_layers",
     "num_encoder_layers",
 )
+# Lists of a length of their own, which may happen to be the number of layers.
+_NOT_PER_LAYER = (
+    "architectures",
+    "eos_token_id",
+    "pad_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "languages",
+    "time_step_limit",
+    "ssm_multipliers",
+    "mlp_multipliers",
+    "mtp_layers_block_type",
+)
 _INDEX_LIST = re.compile(r"(layers|layer_ids|layer_idx|indices|idxs|ids)$")
 
 
@@ -57,6 +70,8 @@ def materialize(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         if looping is None:
             raise ValueError("this model has no plan: use loopwise.attach(model, plan) first, or pass plan=")
         plan = looping.plan
+    if hasattr(model, "peft_config") or any(".base_layer." in parameter for parameter, _ in base.named_parameters()):
+        raise ValueError("this model carries adapters: merge them first, with merge_and_unload()")
     found = layer_list(base)
     plan.validate(len(found.layers))
     try:
@@ -89,14 +104,14 @@ def expand_config(config: Any, sources: Sequence[int], num_layers: int) -> Any:
 def _expand_values(values: Mapping[str, Any], sources: Sequence[int], num_layers: int) -> dict[str, Any]:
     expanded = dict(values)
     for key, value in values.items():
-        if not isinstance(value, (list, tuple)) or key == "architectures":
+        if not isinstance(value, (list, tuple)) or key in _NOT_PER_LAYER:
             continue
         is_index_list = all(type(item) is int and 0 <= item < num_layers for item in value) and len(set(value)) == len(
             value
         )
         if is_index_list and _INDEX_LIST.search(key) and list(value) == sorted(value):
             expanded[key] = [new for new, old in enumerate(sources) if old in value]
-        elif len(value) == num_layers and key not in ("pad_token_id", "eos_token_id"):
+        elif len(value) == num_layers:
             expanded[key] = [value[old] for old in sources]
     for key in _LEADING_COUNTS:
         if type(values.get(key)) is int:
@@ -135,7 +150,11 @@ def _copy_tensors(base: nn.Module, twin: nn.Module, path: str, sources: Sequence
 def _check(model: nn.Module, twin: nn.Module) -> None:
     """Refuse a twin that computes something else, because its layers depend on their number."""
     with eval_mode(model), eval_mode(twin):
-        looped, plain = model(**probe_inputs(model)).logits, twin(**probe_inputs(twin)).logits
+        looped = model(**probe_inputs(model)).logits
+        try:
+            plain = twin(**probe_inputs(twin)).logits
+        except Exception as error:  # whatever a model of that depth says
+            raise ValueError(f"{_refusal(twin)}: {_first_line(error)}") from error
     error = (looped.float() - plain.float()).abs().max().item()
     scale = looped.float().abs().max().item()
     tolerance = 1e-5 if looped.dtype == torch.float32 else 2e-2

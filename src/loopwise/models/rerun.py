@@ -54,6 +54,8 @@ def plan_rerun(
     cache = find_cache(named.values())
     depth = getattr(cache, "depth", None)
     num_tokens = _first_input(named)[1].shape[1]
+    if depth is not None:
+        depth.clear_if_emptied(cache, decoding=num_tokens == 1)
     if depth is not None and depth.goes_deeper(plan.slots, decoding=num_tokens == 1) and depth.inputs is not None:
         _catch_up(owner, cache, named)
     sharing = policy.prefill if depth is None or depth.complete is None else depth.sharing

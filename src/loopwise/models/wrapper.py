@@ -20,7 +20,7 @@ from loopwise.models.playing import looping_of
 CODE_FILE = "modeling_loopwise.py"
 AUTO_MAP = {
     "AutoConfig": "modeling_loopwise.LoopwiseConfig",
-    "AutoModelForCausalLM": "modeling_loopwise.LoopwiseForCausalLM",
+    "AutoModelForCausalLM": "modeling_loopwise.LoopedForCausalLM",
 }
 
 
@@ -85,7 +85,7 @@ def wrap_config(base: dict[str, Any], looping: Any) -> dict[str, Any]:
     policy = looping.policy
     wrapped = {
         "model_type": LoopwiseConfig.model_type,
-        "architectures": ["LoopwiseForCausalLM"],
+        "architectures": ["LoopedForCausalLM"],
         "plan": str(looping.plan),
         "cache": str(policy),
         "on_deeper": policy.on_deeper,
