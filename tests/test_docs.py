@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import re
 import shlex
 import shutil
@@ -63,7 +64,12 @@ def blocks(page: Path) -> list[Block]:
     end = 0
     for match in FENCE.finditer(text):
         words = tuple(match["info"].split())
-        if words == ("text",) and found and found[-1].words[:1] == ("python",) and not text[end : match.start()].strip():
+        if (
+            words == ("text",)
+            and found
+            and found[-1].words[:1] == ("python",)
+            and not text[end : match.start()].strip()
+        ):
             last = found.pop()
             found.append(Block(words=last.words, body=last.body, line=last.line, output=match["body"]))
         else:
@@ -204,6 +210,19 @@ def test_links_lead_somewhere() -> None:
 def test_every_public_name_is_described() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert [name for name in loopwise.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_readme_quotes_the_benchmark() -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "alias_overhead.json").read_text(encoding="utf-8"))
+    found = {row["name"]: row for row in rows}
+    prefill, decode = found["SmolLM2-135M: prefill"], found["SmolLM2-135M: decode"]
+    saved = found["SmolLM2-135M: bytes saved"]["value"]
+    quote = (
+        f"prefill x{prefill['ratio']:.2f} (95 % interval {prefill['ci95'][0]:.2f} to {prefill['ci95'][1]:.2f}), "
+        f"decode x{decode['ratio']:.2f} ({decode['ci95'][0]:.2f} to {decode['ci95'][1]:.2f}), "
+        f"and {saved / 1e6:.1f} MB less memory"
+    )
+    assert quote in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize(

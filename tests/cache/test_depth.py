@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from laws import as_good_as, assert_close, difference, looping_plan, odd_plan
+from laws import TOLERANCE, assert_close, difference, looping_plan, odd_plan
 from tiny import tiny_inputs, tiny_model
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
@@ -68,7 +68,8 @@ def test_cached_state_equals_recomputed_for_every_plan(model_type, plan):
     def error(each):
         return difference(in_pieces(each, ids_BT, [6, *[1] * 6], new_cache(each)), logits(each, ids_BT), "cached")
 
-    as_good_as(error(model), lambda: error(loopwise.materialize(model)), "cached")
+    got = error(model)  # depth amplifies the rounding by which plain transformers differs from recomputation itself
+    assert got <= TOLERANCE or got <= 2 * error(loopwise.materialize(model))
 
 
 @pytest.mark.parametrize("plan", [LOOPED, odd_plan(6), "2-4", "0-4 1-5"])
@@ -262,6 +263,23 @@ def test_catching_up_after_beam_reorder_and_crop():
     twice_BT = ids_BT.flip(0).repeat_interleave(2, dim=0)
     got = logits(model, twice_BT[:, 6:7], cache, loops=4)
     assert_close(got, logits(model, twice_BT[:, :7], loops=4)[:, -1:], "repeated")
+
+
+def test_a_cache_in_use_keeps_what_it_does_when_deeper():
+    """A cache that did not remember its first tokens cannot catch up; one that did can, whatever the model does now."""
+    model, ids_BT = looped()
+    cache = new_cache(model)
+    logits(model, ids_BT[:, :5], cache, loops=1)
+    loopwise.set_cache(model, "own", on_deeper="catch_up")
+    logits(model, ids_BT[:, 5:6], cache, loops=1)
+    with pytest.raises(ValueError, match="deeper"):
+        logits(model, ids_BT[:, 6:7], cache, loops=2)
+    remembering = new_cache(model)
+    logits(model, ids_BT[:, :5], remembering, loops=1)
+    loopwise.set_cache(model, "own")
+    logits(model, ids_BT[:, 5:6], remembering, loops=1)
+    got = logits(model, ids_BT[:, 6:7], remembering, loops=2)
+    assert_close(got, logits(model, ids_BT[:, :7], loops=2)[:, -1:], "caught up")
 
 
 def test_catching_up_in_generation():

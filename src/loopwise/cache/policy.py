@@ -95,8 +95,8 @@ class CachePolicy:
         """Read `own`, `last`, `first`, `ring(k)` or a pair `prefill/decode`."""
         if not isinstance(text, str):
             raise ValueError(f"cache policy must be text such as 'own' or 'own/last', not {type(text).__name__}")
-        prefill, _, decode = text.partition("/")
-        return cls(prefill=Sharing.parse(prefill), decode=Sharing.parse(decode or prefill), on_deeper=on_deeper)
+        prefill, slash, decode = text.partition("/")
+        return cls(prefill=Sharing.parse(prefill), decode=Sharing.parse(decode if slash else prefill), on_deeper=on_deeper)
 
     def __str__(self) -> str:
         return str(self.prefill) if self.prefill == self.decode else f"{self.prefill}/{self.decode}"

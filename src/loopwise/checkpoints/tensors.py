@@ -1,7 +1,8 @@
 """Maps between a foreign checkpoint's tensors and ours: renaming, fusing and splitting rows, tied and derived tensors.
 
-A map is a list of rules. It is read in both directions: import makes our tensors from the foreign ones, export makes the foreign ones again, under the same
-names and with the same values. Nothing is skipped in silence: a tensor that no rule takes, that is missing or has another shape is named.
+A map is a list of rules. It is read in both directions: import makes our tensors from the foreign ones, export makes
+the foreign ones again, under the same names and with the same values. Nothing is skipped in silence: a tensor that no
+rule takes, that is missing or has another shape is named.
 """
 
 from __future__ import annotations

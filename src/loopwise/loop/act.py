@@ -12,6 +12,8 @@ tensor2tensor its weights do not sum to 1), and the convex mix is `w F + (1 - w)
 reads `w F + (y * 1 - w)`, a slip of operator precedence).
 """
 
+# ruff: noqa: N802, N815 -- shape suffixes in the names of fields
+
 from __future__ import annotations
 
 from dataclasses import dataclass

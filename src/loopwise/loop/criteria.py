@@ -10,9 +10,11 @@ A criterion is used call by call (`criterion.halts(prev, now)`) or as an object 
 of `loopwise.loop.halting`.
 """
 
+# ruff: noqa: N802, N815 -- shape suffixes in the names of fields
+
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -106,7 +108,10 @@ class Criterion(Component):
 
     def halts(self, *signals: torch.Tensor) -> torch.Tensor:
         """Whether the latest signals (oldest first) satisfy the criterion, bool `[B, T]`; patience is not counted."""
-        return self.value(*signals) < self.threshold
+        return self._holds(self.value(*signals))
+
+    def _holds(self, value_BT: torch.Tensor) -> torch.Tensor:
+        return value_BT < self.threshold
 
     def start(self, like_BT: torch.Tensor) -> CriterionState:
         """No token halted, before the first iteration; `like_BT` gives shape and device."""
@@ -134,33 +139,20 @@ class Criterion(Component):
         state = self.observe(state, signal)
         streak_BT, value_BT = state.streak_BT, state.value_BT
         if len(state.history) == self.num_signals:
-            holds_BT = self.halts(*state.history)
-            streak_BT = torch.where(holds_BT, streak_BT + 1, 0)
             value_BT = self.value(*state.history)
+            streak_BT = torch.where(self._holds(value_BT), streak_BT + 1, 0)
         halted_BT = torch.ones_like(running_BT) if last else state.halted_BT | (streak_BT >= self.patience)
-        return CriterionState(
-            halted_BT=halted_BT,
-            n_updates_BT=state.n_updates_BT + running_BT,
-            streak_BT=streak_BT,
-            value_BT=value_BT,
-            history=state.history,
-        )
+        n_updates_BT = state.n_updates_BT + running_BT
+        return replace(state, halted_BT=halted_BT, n_updates_BT=n_updates_BT, streak_BT=streak_BT, value_BT=value_BT)
 
     def observe(self, state: CriterionState, signal: torch.Tensor) -> CriterionState:
         """Remember a signal without judging it: `[B, T, ...]`, detached."""
-        history = (*state.history, signal.detach())[-self.num_signals :]
-        return CriterionState(
-            halted_BT=state.halted_BT,
-            n_updates_BT=state.n_updates_BT,
-            streak_BT=state.streak_BT,
-            value_BT=state.value_BT,
-            history=history,
-        )
+        return replace(state, history=(*state.history, signal.detach())[-self.num_signals :])
 
 
 @dataclass(frozen=True, kw_only=True)
 class KlHalting(Criterion):
-    """Stop when `KL(prev || now)` of the predictions is small (Huginn, 2502.05171: 1e-3 in the code, 5e-4 in the paper)."""
+    """Stop when `KL(prev || now)` of the predictions is small (Huginn, 2502.05171: 5e-4; 1e-3 in its code)."""
 
     kind: ClassVar[str | None] = "halting.kl"
     reads: ClassVar[Literal["logits", "state"]] = "logits"
@@ -258,9 +250,8 @@ class ConfidenceHalting(Criterion):
         """See `confidence`."""
         return confidence(signals[-1], self.measure)
 
-    def halts(self, *signals: torch.Tensor) -> torch.Tensor:
-        """Whether the confidence reaches the threshold, bool `[B, T]`."""
-        return self.value(*signals) >= self.threshold
+    def _holds(self, value_BT: torch.Tensor) -> torch.Tensor:
+        return value_BT >= self.threshold
 
 
 def _entropy(logits_BTV: torch.Tensor) -> torch.Tensor:

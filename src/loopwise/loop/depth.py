@@ -6,6 +6,8 @@ A draw is a pure function of (seed, step): a run that resumes, and every rank of
 depths, and nothing is drawn from torch's global generator.
 """
 
+# ruff: noqa: N802, N815 -- shape suffixes in the names of fields
+
 from __future__ import annotations
 
 import hashlib

@@ -14,6 +14,8 @@ Each rule is a config with `start` and `step`; `step` takes and returns an immut
         state = rule.step(state, lambda_BT, last=iteration == num_iterations - 1)
 """
 
+# ruff: noqa: N802, N815 -- shape suffixes in the names of fields
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -117,7 +119,7 @@ class FixedHalting(HaltingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HazardHalting(HaltingConfig):
-    """Stop after the first iteration whose cumulated stopping probability `1 - S_t` reaches `threshold` (Ouro, 2510.25741).
+    """Stop after the first iteration whose cumulated probability `1 - S_t` reaches `threshold` (Ouro, 2510.25741).
 
     Attributes:
         threshold: q in [0, 1]. 0 stops after the first iteration. 1 never stops early, also where a gate saturates at
@@ -141,7 +143,7 @@ class HazardHalting(HaltingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PonderHalting(HaltingConfig):
-    """Stop at random with the gate's probability, so that depths follow the stopping distribution (PonderNet, 2107.05407)."""
+    """Stop at random with the gate's probability: depths follow the stopping distribution (PonderNet, 2107.05407)."""
 
     kind: ClassVar[str | None] = "halting.ponder"
 

@@ -36,7 +36,7 @@ class Update(nn.Module):
         *,
         iteration: int,
         num_iterations: int,
-        time: torch.Tensor | None = None,
+        time: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """What the block reads.
 
@@ -60,7 +60,7 @@ class Update(nn.Module):
         *,
         iteration: int,
         num_iterations: int,
-        time: torch.Tensor | None = None,
+        time: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
         """The next state, from the state before the iteration and the block's output, both `[B, T, D]`."""
         return after_BTD
@@ -190,7 +190,7 @@ class HighwayConfig(UpdateConfig):
     def __post_init__(self) -> None:
         """Check that the gates read something, each tensor once."""
         super().__post_init__()
-        self.require(0 < len(self.reads) == len(set(self.reads)), "reads", "must name each tensor once, and at least one")
+        self.require(0 < len(self.reads) == len(set(self.reads)), "reads", "must name one to three tensors, each once")
 
     def _takes_other_width(self) -> bool:
         return True
@@ -201,7 +201,7 @@ class HighwayConfig(UpdateConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DampedConfig(UpdateConfig):
-    """The next state is `(1 - dt) * s + dt * F`, an Euler step of size dt towards the block's output (SCORE, 2603.10544).
+    """The next state is `(1 - dt) * s + dt * F`: an Euler step towards the block's output (SCORE, 2603.10544).
 
     Attributes:
         dt: the (first) step size, in (0, 1]; 1 is "replace".

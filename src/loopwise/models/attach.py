@@ -25,7 +25,7 @@ from loopwise.models.hub import (
     probe_inputs,
     refuse_encoder_decoder,
 )
-from loopwise.models.playing import Looping, Returns, looping_of
+from loopwise.models.playing import Looping, Returns, hook_owner, looping_of
 from loopwise.models.slicing import learn_axes
 from loopwise.models.wrapper import keep_plan_on_save
 from loopwise.plan.plans import Plan
@@ -66,7 +66,8 @@ def attach(
     if looping_of(model) is not None:
         raise ValueError("this model has a plan already: detach it first, or use set_loops to change counts")
     _warn_of_annotations(plan)
-    found, looping, was_causal = _calibrate(model, plan, policy)
+    found, looping, was_causal = _calibrate(model, plan)
+    looping.policy = policy
     if hooks:
         looping.hooks = list(hooks)
         with eval_mode(model):
@@ -179,13 +180,13 @@ class PerCallLoops:
         self.looping.loops = None
 
 
-def _calibrate(model: nn.Module, plan: Plan, policy: CachePolicy) -> tuple[LayerList, Looping, bool]:
+def _calibrate(model: nn.Module, plan: Plan) -> tuple[LayerList, Looping, bool]:
     """Find the layer list and prove on a few tokens that playing the identity plan changes nothing."""
     reason = "it has no recognisable list of decoder layers"
     for found in layer_lists(model):
         try:
             with eval_mode(model):
-                looping, was_causal = _try(model, found, policy)
+                looping, was_causal = _try(model, found)
         except _NotThisListError as error:
             reason = str(error)
             continue
@@ -198,7 +199,7 @@ class _NotThisListError(ValueError):
     """A candidate is not the decoder's layer list."""
 
 
-def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> tuple[Looping, bool]:
+def _try(model: nn.Module, found: LayerList) -> tuple[Looping, bool]:
     layers = found.layers
     called: list[int] = []
     outputs: dict[int, Any] = {}
@@ -224,7 +225,7 @@ def _try(model: nn.Module, found: LayerList, policy: CachePolicy) -> tuple[Loopi
     looping = Looping(
         name=found.name,
         plan=Plan.identity(len(layers)),
-        policy=policy,
+        policy=CachePolicy(),  # others differ by rounding even under the identity plan
         indices=cache_indices(layers),
         returns=tuple(Returns.of(outputs[i]) for i in range(len(layers))),
         state_names=_changed_attributes(layers, before),
@@ -269,9 +270,7 @@ def _try_plan(model: nn.Module, plan: Plan, was_causal: bool) -> None:
 
 
 def _install(model: nn.Module, owner: nn.Module, looping: Looping) -> None:
-    owner.__dict__["loopwise"] = looping
-    owner.register_forward_pre_hook(looping.begin, with_kwargs=True)
-    owner.register_forward_hook(looping.end, with_kwargs=True, always_call=True)
+    hook_owner(owner, looping)
     per_call = PerCallLoops(looping)
     model.register_forward_pre_hook(per_call.begin, with_kwargs=True)
     model.register_forward_hook(per_call.end, always_call=True)

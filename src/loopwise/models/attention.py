@@ -44,7 +44,8 @@ def attention_mask(
 def implied_mask(name: str, query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor | None:
     """What a missing mask of causal attention stands for, where the attention function would not know it by itself.
 
-    SDPA is causal by itself but has no window; eager and flex see everything; flash knows both.
+    SDPA is causal by itself but has no window; eager and flex see everything; flash knows both. A dense mask would do
+    for flex too, but crashes its CPU kernel (torch 2.13).
 
     Args:
         name: the attention implementation.
@@ -54,12 +55,16 @@ def implied_mask(name: str, query: torch.Tensor, key: torch.Tensor, window: int 
 
     Returns:
         An additive mask `[1, 1, T, S]` of the query's dtype, or None where the function needs none.
+
+    Raises:
+        ValueError: flex attention, which needs a mask of its own kind.
     """
     num_queries, num_keys = query.shape[2], key.shape[2]
     beyond = window is not None and num_keys > window
-    needed = {"sdpa": beyond, "eager": beyond or num_queries > 1, "flex_attention": beyond or num_queries > 1}
-    if not needed.get(name, False):
+    if not (beyond or (num_queries > 1 and name != "sdpa")) or name not in ("sdpa", "eager", "flex_attention"):
         return None
+    if name == "flex_attention":
+        raise ValueError("flex_attention needs an attention_mask: pass the one that attention_mask(mixer, ...) makes")
     positions = torch.arange(num_keys, device=query.device)
     distance = positions[num_keys - num_queries :, None] - positions
     seen = (distance >= 0) & (distance < (window or num_keys))

@@ -22,12 +22,18 @@ def relu2(hidden: torch.Tensor) -> torch.Tensor:
     return F.relu(hidden).square()
 
 
+def half_relu2(hidden: torch.Tensor) -> torch.Tensor:
+    """`max(x, 0)^2 / 2`, what the code of Parcae computes under the name ReLU2."""
+    return relu2(hidden) / 2
+
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": relu2,
+    "half_relu2": half_relu2,
 }
 
 
@@ -37,7 +43,8 @@ class MLPConfig:
 
     Attributes:
         intermediate_size: F.
-        activation: "silu", "gelu" (exact), "gelu_tanh" (GPT-2, ALBERT's gelu_new), "relu" or "relu2" (Parcae).
+        activation: "silu", "gelu" (exact), "gelu_tanh" (GPT-2, ALBERT's gelu_new), "relu", "relu2" or
+            "half_relu2" (Parcae).
         gated: has a gate projection beside the up projection.
         bias: its projections have a bias.
         dropout: probability on its output in training.

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -27,6 +27,20 @@ from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs
 from loopwise.models.slicing import Axes, slice_call
 from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
+
+
+class Passes(Protocol):
+    """What an owner may add at the turns of its loops; made anew for every forward by `owner.make_passes(plan, ...)`.
+
+    `arguments` reach the layers of the running iteration; `begin` and `end` map the part `[b, t, D]` of the state that
+    a visit works on, before and after its layer.
+    """
+
+    arguments: dict[str, torch.Tensor]
+
+    def begin(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor: ...
+
+    def end(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +81,22 @@ class Placeholder:
 class Frame:
     """One running forward: what was recorded, and the playing of the plan."""
 
-    def __init__(self, looping: Looping, plan: Plan, owner: nn.Module, rerun: Rerun | None, collect_states: bool):
+    def __init__(
+        self,
+        looping: Looping,
+        plan: Plan,
+        owner: nn.Module,
+        *,
+        rerun: Rerun | None = None,
+        passes: Passes | None = None,
+        collect_states: bool = False,
+    ):
         self.looping = looping
         self.plan = plan
         self.owner = owner
         self.layers = cast(nn.ModuleList, owner._modules[looping.name])
         self.rerun = rerun
+        self.passes = passes
         self.hidden = torch.empty(0)
         self.played = self.hidden
         self.calls: list[tuple[tuple, dict]] = []
@@ -113,7 +137,8 @@ class Frame:
             self.depth.begin(self.cache, slots, decoding=self.hidden.shape[1] == 1)
         if self.states is not None:
             self.states.append(self.hidden)
-        state_BTD = execute(self.hidden, (Visit(slot=slot) for slot in slots), self.run, self.looping.hooks)
+        hooks = [*getattr(self.passes, "hooks", ()), *self.looping.hooks]
+        state_BTD = execute(self.hidden, (Visit(slot=slot) for slot in slots), self.run, hooks)
         if self.depth is not None:
             self.depth.end()
         return state_BTD
@@ -128,6 +153,8 @@ class Frame:
                     "visits on a part of the rows or tokens are not available with a cache: use use_cache=False"
                 )
             args, kwargs = slice_call(self.looping.axes[index], self.hidden, visit, args, kwargs)
+        if self.passes is not None:
+            part_btD = self.passes.begin(visit, part_btD, *self.hidden.shape[:2])
         view = None if self.depth is None else self.depth.view(self.cache, visit.slot)
         played = [self._argument(value, index, view) for value in args]
         named = {name: self._argument(value, index, view) for name, value in kwargs.items()}
@@ -135,11 +162,15 @@ class Frame:
             played[0] = part_btD
         else:
             named["hidden_states"] = part_btD
+        if self.passes is not None:
+            named |= self.passes.arguments
         with self._own_state(visit.slot):
             output = self.layers[index](*played, **named)
         if not isinstance(output, torch.Tensor):
             self.extras[index] = self.last_extras = list(output[1:])
             output = output[0]
+        if self.passes is not None:
+            output = self.passes.end(visit, output, *self.hidden.shape[:2])
         if self.states is not None:
             self.states.append(output)
         return output
@@ -246,7 +277,7 @@ class Looping:
         try:
             if self.frame is not None:  # a call of this thread that KeyboardInterrupt ended before the layers ran
                 self.leave()
-            loops = kwargs.pop("loops", None)
+            loops, options = kwargs.pop("loops", None), kwargs.pop("loop_options", {})
             loops = self.loops if loops is None else loops
             plan = self.plan if loops is None else self.plan.with_loops(loops)
             configured, self.plan, self.loops = (self.plan, self.loops), plan, None
@@ -258,7 +289,9 @@ class Looping:
                 getattr(owner, "config", None), "output_hidden_states", False
             )
             place_output_hooks(owner, kwargs)
-            self.frame = Frame(self, plan, owner, rerun, bool(collect))
+            make_passes = getattr(owner, "make_passes", None)
+            passes = None if make_passes is None else make_passes(plan, **options)
+            self.frame = Frame(self, plan, owner, rerun=rerun, passes=passes, collect_states=bool(collect))
         except BaseException:
             self._lock.release()
             raise
@@ -273,7 +306,7 @@ class Looping:
         frame = self.leave()
         if output is None:
             return None
-        if self.policy.on_deeper == "catch_up" and frame.cache is not None:
+        if frame.depth is not None and frame.depth.policy.on_deeper == "catch_up":
             remember_inputs(owner, frame.cache, args, kwargs)
         output = _settle(output, frame)
         return frame.rerun.finish(output) if frame.rerun else output
@@ -319,12 +352,19 @@ def _settle(output: Any, frame: Frame) -> Any:
 
 
 def _is_collected_by_forward(states: Any, frame: Frame) -> bool:
-    """True for hidden states that the model's forward collected itself: before (most) or after (Mamba) every layer, then
-    the last one. What hooks on the layers collected is right as it is.
+    """True for hidden states that the model's forward collected itself: before (most) or after (Mamba) every layer,
+    then the last one. What hooks on the layers collected is right as it is.
     """
     if len(states) != len(frame.layers) + 1 or not all(item is frame.hidden for item in states[:-2]):
         return False
     return states[-2] is frame.hidden or states[-2] is frame.played
+
+
+def hook_owner(owner: nn.Module, looping: Looping) -> None:
+    """Let a module's forward be recorded and played."""
+    owner.__dict__["loopwise"] = looping
+    owner.register_forward_pre_hook(looping.begin, with_kwargs=True)
+    owner.register_forward_hook(looping.end, with_kwargs=True, always_call=True)
 
 
 def looping_of(model: nn.Module) -> Looping | None:

@@ -48,11 +48,12 @@ def plan_rerun(
     policy: CachePolicy, plan: Plan, owner: nn.Module, args: tuple, kwargs: dict
 ) -> tuple[Rerun | None, tuple, dict]:
     """Make the calls that must come before this one; returns how to finish, and the arguments of what is left to do."""
+    cache = find_cache((*args, *kwargs.values()))
+    depth = getattr(cache, "depth", None)
+    policy = policy if depth is None else depth.policy  # a cache in use keeps the policy that it started with
     if policy.is_exact and policy.on_deeper == "refuse":
         return None, args, kwargs
     named = _named(owner, args, kwargs)
-    cache = find_cache(named.values())
-    depth = getattr(cache, "depth", None)
     num_tokens = _first_input(named)[1].shape[1]
     if depth is not None:
         depth.clear_if_emptied(cache, decoding=num_tokens == 1)
