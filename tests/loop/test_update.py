@@ -174,7 +174,7 @@ def test_starting_points():
     for init, want in (("pass_state", s_BTD), ("pass_input", e_BTD)):
         module = ConcatConfig(init=init, bias=True).build(3).double()
         assert torch.equal(module(s_BTD, e_BTD, **WHERE), want)
-    weight = ConcatConfig(init="normal").build(200).adapter.weight
+    weight = ConcatConfig(init="normal").build(200).adapter.weight.detach()
     assert weight.shape == (200, 400) and weight.std() == pytest.approx(0.9866 * math.sqrt(2 / 1000), rel=0.02)
     damped = DampedConfig(dt=0.3, learned="channel").build(3)
     assert torch.allclose(torch.sigmoid(damped.theta), torch.full([3], 0.3))
@@ -189,7 +189,7 @@ def test_decay_starts_where_parcae_does_and_cannot_blow_up():
     assert torch.allclose(module(torch.ones(1, 1, 6), torch.zeros(1, 1, 6), **WHERE), torch.tensor(math.sqrt(0.2)))
     randomise(module)
     state = torch.full([1, 1, 6], 1e6, dtype=torch.float64)
-    for _ in range(10000):
+    for _ in range(1000):
         state = module(state, torch.zeros_like(state), **WHERE)
     assert state.abs().max() < 1e-3
 

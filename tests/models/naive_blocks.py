@@ -120,7 +120,9 @@ def attention(
                 keys = [s for s in range(len(row)) if seen(b, t, s)]
                 scores = [torch.exp(scale * (tokens[t][0][h] * tokens[s][1][h // group]).sum()) for s in keys]
                 total = sum(scores)
-                mixed.append(sum(score / total * tokens[s][2][h // group] for score, s in zip(scores, keys, strict=True)))
+                mixed.append(
+                    sum(score / total * tokens[s][2][h // group] for score, s in zip(scores, keys, strict=True))
+                )
             joined = torch.cat(mixed)
             if config.output_gate == "channel":
                 joined = joined / (1 + torch.exp(-linear(token, tensors, "gate_proj")))

@@ -55,8 +55,12 @@ def _print_matrix(rows: list[dict[str, str]]) -> None:
         table.add_row(f"{number + 1:>2} {first}", *[""] * number, *cells)
     out = common.console()
     out.print(table)
-    reasons = [row for row in rows if row["reason"]]
-    if reasons:
-        out.print()
+    absent = [row for row in rows if row["status"] == "absent"]
+    reasons = [row for row in rows if row["reason"] and row["status"] != "absent"]
+    if absent:
+        missing = dict.fromkeys(
+            name for row in absent for name in row["reason"].removesuffix(" not built yet").split(" and ")
+        )
+        out.print(f"\nnot built yet: {', '.join(missing)}", markup=False)
     for row in reasons:
         out.print(f"{row['first']} + {row['second']}: {row['status']}: {row['reason']}", markup=False)

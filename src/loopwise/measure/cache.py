@@ -35,6 +35,8 @@ class CacheError:
     same_top1: float
 
     def __str__(self) -> str:
+        if CachePolicy.parse(self.policy).is_exact:
+            return f"cache policy {self.policy} is exact"
         return (
             f"cache policy {self.policy} is approximate: over {self.tokens} tokens the largest logit difference is "
             f"{self.max_abs:.3g}, mean KL {self.mean_kl:.3g} nats, same top token {self.same_top1:.1%}"
@@ -58,6 +60,8 @@ def cache_error(model: Any, input_ids: torch.Tensor, policy: str, *, prefill: in
     if input_ids.shape[0] != 1 or num_tokens < 2:
         raise ValueError(f"input_ids must have shape [1, T] with T >= 2, not {list(input_ids.shape)}")
     split = max(1, num_tokens // 2) if prefill is None else prefill
+    if not 1 <= split <= num_tokens:
+        raise ValueError(f"prefill is {prefill}: use a length from 1 to {num_tokens}")
     looping = looping_of(model)
     if looping is None:
         raise ValueError("this model has no plan: use loopwise.attach(model, plan) first")

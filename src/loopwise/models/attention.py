@@ -67,8 +67,9 @@ def implied_mask(name: str, query: torch.Tensor, key: torch.Tensor, window: int 
         raise ValueError("flex_attention needs an attention_mask: pass the one that attention_mask(mixer, ...) makes")
     positions = torch.arange(num_keys, device=query.device)
     distance = positions[num_keys - num_queries :, None] - positions
-    seen = (distance >= 0) & (distance < (window or num_keys))
-    return torch.where(seen, 0.0, torch.finfo(query.dtype).min).to(query.dtype)[None, None]
+    hidden = (distance < 0) | (distance >= (window or num_keys))
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    return mask.masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
 
 
 def eager_attention(

@@ -105,6 +105,12 @@ def refuse_encoder_decoder(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder model: only decoders can be looped")
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise `ValueError` for a model with adapters of PEFT, whose tensors go by other names."""
+    if hasattr(model, "peft_config") or any(".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError("this model carries adapters: merge them first, with merge_and_unload()")
+
+
 def place_output_hooks(owner: nn.Module, kwargs: dict[str, Any]) -> None:
     """Place the hooks with which transformers collects what a call asks for, such as hidden states.
 
@@ -209,6 +215,14 @@ def build_model(like: PreTrainedModel, config: Any) -> PreTrainedModel:
     if getattr(like, "generation_config", None) is not None:
         twin.generation_config = copy.deepcopy(like.generation_config)
     return twin
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """Let a model whose weights were dequantised on loading (GGUF) be saved and trained like any other."""
+    for name in ("hf_quantizer", "quantization_method"):
+        model.__dict__.pop(name, None)
+    model.__dict__["is_quantized"] = False
+    model.config.__dict__.pop("quantization_config", None)
 
 
 def decoder_mask(

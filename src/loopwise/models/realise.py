@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loopwise.models.attach import eval_mode
-from loopwise.models.hub import base_model, build_model, layer_list, probe_inputs
+from loopwise.models.hub import base_model, build_model, layer_list, probe_inputs, refuse_adapters
 from loopwise.models.playing import looping_of
 from loopwise.plan.plans import Plan
 
@@ -70,8 +70,7 @@ def materialize(model: nn.Module, plan: Plan | None = None) -> nn.Module:
         if looping is None:
             raise ValueError("this model has no plan: use loopwise.attach(model, plan) first, or pass plan=")
         plan = looping.plan
-    if hasattr(model, "peft_config") or any(".base_layer." in parameter for parameter, _ in base.named_parameters()):
-        raise ValueError("this model carries adapters: merge them first, with merge_and_unload()")
+    refuse_adapters(model)
     found = layer_list(base)
     plan.validate(len(found.layers))
     try:

@@ -9,20 +9,31 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import loopwise
+from loopwise.cache.policy import CachePolicy
 from loopwise.io.atomic import write_text
 from loopwise.models.attach import attach, detach, plan_of
 from loopwise.models.bundle import bundle
 from loopwise.models.door import refuse_missing
-from loopwise.models.hub import base_model
+from loopwise.models.hub import base_model, forget_quantization, refuse_adapters
+from loopwise.models.playing import looping_of
 from loopwise.models.realise import materialize
 from loopwise.models.wrapper import AUTO_MAP, CODE_FILE
 from loopwise.plan.plans import Plan
 
 FORMATS = ("loopwise", "auto_map", "unroll")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 
 
 def load(
@@ -37,7 +48,7 @@ def load(
 
     Args:
         source: a local folder (plain or looped), a `.gguf` file, or a hub name where a hub is reachable.
-        plan: the plan to attach; replaces the one that the folder names.
+        plan: the plan to attach; replaces the one that the folder names (its cache policy stays).
         gguf_file: name of a GGUF file inside the folder `source`; its weights are dequantised.
         dtype: torch dtype or its name; default what the checkpoint says.
         trust_remote_code: allow code that comes with the checkpoint to run.
@@ -50,6 +61,9 @@ def load(
     if dtype is not None:
         options["dtype"] = dtype
     options["trust_remote_code"] = trust_remote_code
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+        # Weights that stay packed can be neither trained nor saved.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _OneLine(f"cannot load {source}"):
         if "gguf_file" not in options:
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
@@ -59,17 +73,23 @@ def load(
                 )
         model, info = cast(Any, AutoModelForCausalLM).from_pretrained(place, output_loading_info=True, **options)
         refuse_missing(info, str(source))
+    if "gguf_file" in options:
+        forget_quantization(model)
     model.eval()
     if plan is not None:
-        if plan_of(model) is not None:
+        looping = looping_of(model)
+        policy = CachePolicy() if looping is None else looping.policy
+        if looping is not None:
             detach(model)
-        attach(model, plan)
+        attach(model, plan, cache=str(policy), on_deeper=policy.on_deeper)
     return model
 
 
 def load_tokenizer(source: str | Path, *, gguf_file: str | None = None) -> Any:
     """The tokenizer that comes with a source of `load`; `ValueError` when there is none."""
     place, options = _locate(source, gguf_file)
+    if not options and Path(place).is_dir() and not any(Path(place, name).is_file() for name in _TOKENIZER_FILES):
+        raise ValueError(f"{source} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)}")
     with _OneLine(f"cannot load a tokenizer from {source}"):
         return AutoTokenizer.from_pretrained(place, **options)
 
@@ -86,12 +106,14 @@ def save(model: nn.Module, folder: str | Path, *, format: str = "loopwise") -> N
             transformers).
 
     Raises:
-        ValueError: unknown format, the folder is taken, the model has no plan, or it cannot be materialised.
+        ValueError: unknown format, the folder is taken, the model has no plan, carries adapters, or cannot be
+            materialised.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is unknown: use {', '.join(FORMATS)}")
     if plan_of(model) is None:
         raise ValueError("this model has no plan: use loopwise.attach(model, plan) first")
+    refuse_adapters(model)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name a new folder")

@@ -52,8 +52,9 @@ class LoopwiseConfig(PreTrainedConfig):
         if not isinstance(self.base_config, dict) or not isinstance(self.base_config.get("model_type"), str):
             raise ValueError("config.json is of type loopwise but holds no base_config with a model_type")
         if self.components:
+            names = self.components if isinstance(self.components, (dict, list)) else [self.components]
             raise ValueError(
-                f"config.json has components that this version does not know: {', '.join(map(str, self.components))}"
+                f"config.json has components that this version does not know: {', '.join(map(str, names))}"
             )
         values = dict(self.base_config)
         return AutoConfig.for_model(values.pop("model_type"), **values)
