@@ -10,9 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loopwise.checkpoints.loading import load
     from loopwise.models.attach import attach, detach, plan_of, set_cache, set_loops, use_loops
     from loopwise.models.realise import materialize
-    from loopwise.models.saving import load, load_tokenizer, save
+    from loopwise.models.saving import load_tokenizer, save
     from loopwise.plan import Plan, PlanError
 
 __version__ = "0.1.0"
@@ -37,7 +38,7 @@ _HOME = {
     "PlanError": "loopwise.plan",
     "attach": "loopwise.models.attach",
     "detach": "loopwise.models.attach",
-    "load": "loopwise.models.saving",
+    "load": "loopwise.checkpoints.loading",
     "load_tokenizer": "loopwise.models.saving",
     "materialize": "loopwise.models.realise",
     "plan_of": "loopwise.models.attach",

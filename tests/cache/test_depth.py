@@ -95,7 +95,7 @@ def test_slots_hold_what_the_unrolled_model_holds():
 
 
 class Depths:
-    """The reference: no cache, every token has its own number of iterations, and deeper visits see only deeper tokens."""
+    """The reference: no cache, every token has its own depth, and deeper visits see only deeper tokens."""
 
     def __init__(self, depths_T):
         self.depths_T = torch.tensor(depths_T)
@@ -119,7 +119,9 @@ DEPTHS = [
 
 
 @pytest.mark.parametrize("depths", DEPTHS)
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "gemma3_text", "mixtral", "deepseek_v3", "opt", *STATE])
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gpt2", "bloom", "gemma3_text", "mixtral", "deepseek_v3", "opt", *STATE]
+)
 def test_fewer_loops_is_exact_where_every_token_has_its_own_depth(model_type, depths):
     model, ids_BT = looped(model_type)
     set_hooks(model, [Depths(depths)])

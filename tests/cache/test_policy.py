@@ -114,7 +114,13 @@ class SlowLlama:
         return len(self.stores)
 
 
-POLICIES = {"own": ("own", 0), "last": ("ring", 1), "first": ("first", 0), "ring(2)": ("ring", 2), "ring(3)": ("ring", 3)}
+POLICIES = {
+    "own": ("own", 0),
+    "last": ("ring", 1),
+    "first": ("first", 0),
+    "ring(2)": ("ring", 2),
+    "ring(3)": ("ring", 3),
+}
 PLANS = [LOOPED, "0 core:(1-3)x4 4-5", NESTED, "0-4 1-5", "2 core:(4-5)x3"]
 
 
@@ -143,7 +149,19 @@ def test_own_then_last_is_what_its_oracle_says(plan):
     cache = new_cache(model)
     assert_close(in_pieces(model, ids_BT, [6, 1, 1, 1, 1], cache), want, "own/last", ORACLE)
     cache = new_cache(model)
-    assert_close(in_pieces(model, ids_BT, [3, 3, 1, 1, 2], cache), want, "a prompt in pieces, then a further question", ORACLE)
+    assert_close(
+        in_pieces(model, ids_BT, [3, 3, 1, 1, 2], cache), want, "a prompt in pieces, then a further question", ORACLE
+    )
+
+
+@torch.no_grad()
+def test_own_then_last_from_the_first_token():
+    model, ids_BT = looped(cache="own/last")
+    oracle = SlowLlama(tiny_model("llama"), LOOPED, POLICIES["own"])
+    first = oracle.run(ids_BT[:, :1])
+    oracle.keep_last()
+    want = torch.cat([first, oracle.run(ids_BT[:, 1:])], dim=1)
+    assert_close(in_pieces(model, ids_BT, [1] * 10, new_cache(model)), want, "one by one", ORACLE)
 
 
 def test_own_then_last_prefills_exactly_and_drops_stores_when_decoding():
@@ -229,7 +247,9 @@ def test_beam_search_and_crop(policy):
     assert_close(logits(model, flipped_BT[:, 4:6], cache), logits(model, flipped_BT[:, :6])[:, 4:], "cropped")
 
 
-@pytest.mark.parametrize(("policy", "num_stores"), [("own", 18), ("ring(3)", 14), ("ring(2)", 10), ("last", 6), ("first", 6)])
+@pytest.mark.parametrize(
+    ("policy", "num_stores"), [("own", 18), ("ring(3)", 14), ("ring(2)", 10), ("last", 6), ("first", 6)]
+)
 def test_stores_and_bytes_of_four_iterations(policy, num_stores):
     model, ids_BT = looped(plan="0 core:(1-4)x4 5", cache=policy)
     cache = new_cache(model)
@@ -323,6 +343,32 @@ def test_hidden_states_are_joined_over_tokens(policy):
 
 
 @pytest.mark.parametrize("policy", ["last", "first", "ring(2)"])
+def test_gradient_checkpointing_is_refused_where_layers_need_their_cache(policy):
+    model, ids_BT = looped(cache=policy)
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(ValueError, match="gradient checkpointing .* policy own"):
+        model(ids_BT, labels=ids_BT)
+    loopwise.set_cache(model, "own/last")  # a training step is a prefill
+    model(ids_BT, labels=ids_BT).loss.backward()
+    loopwise.set_cache(model, policy)
+    assert torch.isfinite(logits(model.eval(), ids_BT)).all()
+
+
+@pytest.mark.parametrize(("model_type", "name"), [("llama", "attentions"), ("mixtral", "router_logits")])
+def test_outputs_that_cannot_be_joined_over_tokens_are_refused_by_name(model_type, name):
+    model = tiny_model(model_type)
+    model.set_attn_implementation("eager")
+    ids_BT = tiny_inputs(model)
+    loopwise.attach(model, LOOPED, cache="last")
+    with pytest.raises(ValueError, match=f"output {name} .* use own"):
+        model(ids_BT, **{f"output_{name}": True})
+    assert torch.isfinite(logits(model, ids_BT)).all()
+    loopwise.set_cache(model, "first")
+    with torch.no_grad():
+        assert len(model(ids_BT, **{f"output_{name}": True})[name]) == 10
+
+
+@pytest.mark.parametrize("policy", ["last", "first", "ring(2)"])
 def test_gradients_flow_through_shared_stores(policy):
     """In training there is no cache to give; the gradient is that of the oracle."""
     model, ids_BT = looped(cache=policy)
@@ -336,7 +382,22 @@ def test_gradients_flow_through_shared_stores(policy):
 
 
 @pytest.mark.parametrize(
-    "text", ["lst", "", "ring", "ring(0)", "ring(-1)", "ring(2", "own/", "/last", "own/last/own", "last/own", "first/last", "OWN", " own"]
+    "text",
+    [
+        "lst",
+        "",
+        "ring",
+        "ring(0)",
+        "ring(-1)",
+        "ring(2",
+        "own/",
+        "/last",
+        "own/last/own",
+        "last/own",
+        "first/last",
+        "OWN",
+        " own",
+    ],
 )
 def test_unknown_policies_are_refused(text):
     model, ids_BT = looped()
@@ -375,5 +436,10 @@ def test_stores_of_slots():
     assert stores["last"] == stores["first"] == ((1, 0, 2), (0, 0))
     assert stores["ring(2)"] == ((1, 0, 2), (1, 1))
     assert Sharing.parse("first").reads_only(slot) and not Sharing.parse("last").reads_only(slot)
-    assert [Sharing.parse(text).is_sequential for text in ("own", "first", "last", "ring(2)")] == [False, False, True, True]
+    assert [Sharing.parse(text).is_sequential for text in ("own", "first", "last", "ring(2)")] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert [CachePolicy.parse(text).is_exact for text in ("own", "own/last", "last")] == [True, False, False]

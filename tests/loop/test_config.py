@@ -23,6 +23,7 @@ NEEDED = {
     "depth.poisson_lognormal": {"mean": 32.0, "max_grad": 8},
     "depth.curriculum": {"sampler": {"kind": "depth.fixed", "total": 4}, "steps": 10},
     "readout.last_mean": {"window": 3},
+    "signal.positions": {"num_positions": 4},
     "delta.lora": {"rank": 2, "targets": ["q_proj", "v_proj"]},
 }
 
@@ -48,7 +49,7 @@ def test_components_are_frozen_and_need_names(kind):
 
 def test_the_axes_of_the_design_are_there():
     axes = {kind.split(".")[0] for kind in kinds()}
-    assert axes == {"state", "update", "depth", "halting", "readout", "delta", "route"}
+    assert axes == {"state", "update", "depth", "halting", "readout", "delta", "route", "conditioner", "signal"}
 
 
 def test_nested_components_and_tuples_come_back():

@@ -18,7 +18,7 @@ from loopwise.loop.criteria import (
 )
 
 CRITERIA = [
-    KlHalting(threshold=0.3),
+    KlHalting(threshold=0.03),
     EntropyHalting(threshold=0.1),
     LatentHalting(threshold=0.6),
     SecondDifferenceHalting(threshold=1.4),
@@ -128,7 +128,9 @@ def test_halts_is_a_function_of_two_signals():
 def test_nothing_stops_without_enough_history():
     same = torch.ones(1, 1, 3)
     for config, first in ((LatentHalting(), 2), (SecondDifferenceHalting(threshold=9), 3), (ArgmaxHalting(), 6)):
-        moving = torch.stack([same * 1.001**n if isinstance(config, SecondDifferenceHalting) else same for n in range(9)])
+        moving = torch.stack(
+            [same * 1.001**n if isinstance(config, SecondDifferenceHalting) else same for n in range(9)]
+        )
         assert run(config, moving).n_updates_BT.item() == first
 
 

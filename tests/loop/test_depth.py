@@ -143,7 +143,8 @@ def test_rows_have_their_own_depth_and_window(sampler):
 
 @pytest.mark.parametrize("shape", ["linear", "one_minus_sqrt"])
 @pytest.mark.parametrize(
-    "inner", [FixedDepth(total=12, max_grad=3), PoissonLogNormalDepth(mean=32, max_grad=8), UniformDepth(low=3, high=10)]
+    "inner",
+    [FixedDepth(total=12, max_grad=3), PoissonLogNormalDepth(mean=32, max_grad=8), UniformDepth(low=3, high=10)],
 )
 def test_a_curriculum_ramps_the_mean(inner, shape):
     ramp = CurriculumDepth(sampler=inner, steps=50, start=2, shape=shape)

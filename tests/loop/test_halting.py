@@ -20,7 +20,7 @@ from loopwise.loop.halting import (
     take_exit,
 )
 
-GOLDEN = Path(__file__).parents[2] / "shared" / "goldens" / "ouro"
+GOLDEN = Path(__file__).parents[3] / "shared" / "goldens" / "ouro"
 PROBABILITIES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=12)
 
 
@@ -41,7 +41,9 @@ def column(values, dtype=torch.float32):
 def test_mass_is_one(lambdas):
     pdf_R = exit_pdf(column(lambdas)).flatten()
     assert abs(pdf_R.sum().item() - 1) < 1e-6 and (pdf_R >= 0).all()
-    torch.testing.assert_close(pdf_R.double(), torch.tensor(pdf_oracle(lambdas), dtype=torch.float64), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        pdf_R.double(), torch.tensor(pdf_oracle(lambdas), dtype=torch.float64), rtol=1e-5, atol=1e-7
+    )
 
 
 @given(st.lists(st.floats(-200, 200, width=32), min_size=1, max_size=12))
@@ -135,7 +137,10 @@ def test_gate_is_a_linear_layer_with_a_chosen_start():
     state_BTD = torch.randn(2, 3, 4)
     want = (state_BTD * gate.linear.weight).sum(-1) + 1
     torch.testing.assert_close(gate(state_BTD), want)
-    assert {name: tuple(p.shape) for name, p in gate.named_parameters()} == {"linear.weight": (1, 4), "linear.bias": (1,)}
+    assert {name: tuple(p.shape) for name, p in gate.named_parameters()} == {
+        "linear.weight": (1, 4),
+        "linear.bias": (1,),
+    }
 
 
 def test_values_are_taken_where_each_token_stopped():

@@ -23,7 +23,9 @@ def test_input_is_the_injected_tensor_itself():
     assert make(InputState(), e_BTD) is e_BTD
 
 
-@pytest.mark.parametrize(("config", "value"), [(ZerosState(), 0.0), (OnesState(), 1.0), (NormalState(std=1, scale=0), 0)])
+@pytest.mark.parametrize(
+    ("config", "value"), [(ZerosState(), 0.0), (OnesState(), 1.0), (NormalState(std=1, scale=0), 0)]
+)
 def test_constants(config, value):
     e_BTD = injected(2, 3, 4, dtype=torch.bfloat16)
     state_BTD = make(config, e_BTD)

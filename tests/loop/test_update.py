@@ -50,7 +50,9 @@ def softplus(x):
 def linear(weight, bias, x):
     zero = [0.0] * len(weight)
     offsets = zero if bias is None else bias.tolist()
-    return [sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight.tolist(), offsets, strict=True)]
+    return [
+        sum(w * v for w, v in zip(row, x, strict=True)) + b for row, b in zip(weight.tolist(), offsets, strict=True)
+    ]
 
 
 def enter_oracle(config, module, s, e):
@@ -163,7 +165,9 @@ def test_an_input_of_another_width(config):
     assert module(s_BTD, e_BTD, **WHERE).shape == module.leave(s_BTD, f_BTD, e_BTD, **WHERE).shape == (2, 4, 3)
 
 
-@pytest.mark.parametrize("config", [AddConfig(), ProductConfig(), GatedConfig(), ConcatConfig(init="pass_input")], ids=str)
+@pytest.mark.parametrize(
+    "config", [AddConfig(), ProductConfig(), GatedConfig(), ConcatConfig(init="pass_input")], ids=str
+)
 def test_an_input_of_another_width_is_refused_where_it_cannot_be(config):
     with pytest.raises(ValueError, match="width"):
         config.build(3, 5)
@@ -176,13 +180,19 @@ def test_starting_points():
         assert torch.equal(module(s_BTD, e_BTD, **WHERE), want)
     weight = ConcatConfig(init="normal").build(200).adapter.weight.detach()
     assert weight.shape == (200, 400) and weight.std() == pytest.approx(0.9866 * math.sqrt(2 / 1000), rel=0.02)
+    highway = HighwayConfig(coupled=False, bias=-2.0).build(3)
+    assert highway.transform.bias.tolist() == [-2.0] * 3 and highway.carry.bias.tolist() == [2.0] * 3
     damped = DampedConfig(dt=0.3, learned="channel").build(3)
     assert torch.allclose(torch.sigmoid(damped.theta), torch.full([3], 0.3))
 
 
 def test_decay_starts_where_parcae_does_and_cannot_blow_up():
     module = DecayConfig().build(6)
-    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"A_log": (6,), "dt_bias": (6,), "B": (6, 6)}
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {
+        "A_log": (6,),
+        "dt_bias": (6,),
+        "B": (6, 6),
+    }
     assert set(module.no_weight_decay) == {"A_log", "dt_bias", "B"}
     delta = torch.nn.functional.softplus(module.dt_bias)
     assert torch.allclose(delta, torch.full([6], 0.80472), atol=1e-5)

@@ -90,6 +90,11 @@ def build(config: BlockConfig, implementation: str = "sdpa", seed: int = 0, laye
     return block
 
 
+def noise(*shape: int, seed: int = 8) -> torch.Tensor:
+    """The same random numbers in every run."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def extras(config: BlockConfig, rows: int = 2, tokens: int = TOKENS, seed: int = 1) -> dict:
     """Value embeddings and conditioning for the blocks that read them."""
     generator = torch.Generator().manual_seed(seed)

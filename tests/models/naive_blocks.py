@@ -165,7 +165,7 @@ def block(
         scales = (torch.zeros(1), torch.zeros(1))
     else:
         chunks = each(conditioning_BC, lambda c: c / (1 + torch.exp(-c)))
-        chunks = torch.stack([linear(c, tensors, "adaln.proj") for c in chunks])[:, None]
+        chunks = torch.stack([linear(c, tensors, "adaln") for c in chunks])[:, None]
         gates = (chunks[..., :width], chunks[..., width : 2 * width])
         scales = (chunks[..., 2 * width : 3 * width], chunks[..., 3 * width :])
     mixer = config.mixer

@@ -88,7 +88,13 @@ def test_lists_of_layer_numbers_follow_the_visits(model_type):
 
 @pytest.mark.parametrize(
     ("model_type", "field"),
-    [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("opt", "num_hidden_layers"), ("gpt_neo", "num_layers"), ("bloom", "n_layer")],
+    [
+        ("llama", "num_hidden_layers"),
+        ("gpt2", "n_layer"),
+        ("opt", "num_hidden_layers"),
+        ("gpt_neo", "num_layers"),
+        ("bloom", "n_layer"),
+    ],
 )
 def test_the_number_of_layers_is_that_of_visits(model_type, field):
     model = loopwise.attach(tiny_model(model_type), SHUFFLED)
@@ -138,7 +144,11 @@ def test_a_dense_prefix_stays_expressible_as_long_as_it_leads():
         ("deepseek_v3", "2 0-5", "nothing there takes tensor model.layers.0.mlp"),
         ("diffllama", LOOPED, "its layers depend on their number"),
         ("jamba", LOOPED, "no source for tensor"),
-        ("recurrent_gemma", "0 (1)x2", "only contain LinearAttention layers"),  # plain transformers needs one of another kind
+        (
+            "recurrent_gemma",
+            "0 (1)x2",
+            "only contain LinearAttention layers",
+        ),  # plain transformers needs one of another kind
     ],
 )
 def test_what_a_configuration_cannot_express_is_refused_by_name(model_type, plan, reason):

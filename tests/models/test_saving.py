@@ -1,29 +1,41 @@
-"""Saving and loading: bit for bit in a fresh process, with and without loopwise, and one clear line for what does not fit."""
+"""Saving and loading: bit for bit in a fresh process, with and without loopwise."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from laws import assert_close, looping_plan, odd_plan
-from peft import LoraConfig, get_peft_model
 from tiny import tiny_inputs, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 import loopwise
 from loopwise.models.wrapper import CODE_FILE
 
 LOOPED = looping_plan(6)
-TYPES = ["llama", "gpt2", "gemma3_text", "mixtral", "deepseek_v3", "mamba2", "recurrent_gemma", "falcon_h1", "qwen3_next", "bert"]
+TYPES = [
+    "llama",
+    "gpt2",
+    "gemma3_text",
+    "mixtral",
+    "deepseek_v3",
+    "mamba2",
+    "recurrent_gemma",
+    "falcon_h1",
+    "qwen3_next",
+    "bert",
+]
 SOURCES = str(Path(loopwise.__file__).parents[1])
 
 # Runs in the fresh processes: prints one line of JSON for every folder.
@@ -38,13 +50,18 @@ def digest(model):
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     return [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in (logits, tokens)]
 """
-WITH_LOOPWISE = READ + """
+WITH_LOOPWISE = (
+    READ
+    + """
 import loopwise
 for folder in sys.argv[1:]:
     model = loopwise.load(folder)
     print(json.dumps([folder, type(model).__name__, str(loopwise.plan_of(model)), digest(model)]))
 """
-WITHOUT_LOOPWISE = READ + """
+)
+WITHOUT_LOOPWISE = (
+    READ
+    + """
 sys.modules["loopwise"] = None  # wherever it is installed
 from transformers import AutoModelForCausalLM
 for folder in sys.argv[1:]:
@@ -54,6 +71,7 @@ for folder in sys.argv[1:]:
     if twice is not None:
         model.save_pretrained(folder + "-again")
 """
+)
 
 
 def digest(model):
@@ -181,7 +199,9 @@ def test_the_configuration_wraps_the_base(tmp_path):
     assert not torch.equal(logits(again, ids_BT), logits(model, ids_BT))
 
 
-@pytest.mark.parametrize(("cache", "on_deeper"), [("own", "catch_up"), ("ring(2)", "refuse"), ("own/last", "refuse"), ("first", "refuse")])
+@pytest.mark.parametrize(
+    ("cache", "on_deeper"), [("own", "catch_up"), ("ring(2)", "refuse"), ("own/last", "refuse"), ("first", "refuse")]
+)
 def test_policies_are_saved(tmp_path, cache, on_deeper):
     model, _ = looped(cache=cache, on_deeper=on_deeper)
     model.save_pretrained(tmp_path)
@@ -220,6 +240,13 @@ def test_half_precision_stays(tmp_path, form):
     assert loopwise.load(tmp_path / "model", dtype="float32").dtype == torch.float32
 
 
+def test_loaded_tensors_are_aligned(tmp_path):
+    """Kernels choose their path by alignment: tensors that a file maps to odd places give other last bits."""
+    looped()[0].save_pretrained(tmp_path)
+    model = loopwise.load(tmp_path)
+    assert {tensor.data_ptr() % 64 for tensor in (*model.parameters(), *model.buffers())} == {0}
+
+
 def test_save_pretrained_of_the_model_and_save_write_the_same(tmp_path):
     model, _ = looped()
     model.save_pretrained(tmp_path / "a")
@@ -249,198 +276,9 @@ def test_after_detach_the_plain_model_is_saved(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
     again = loopwise.load(tmp_path)
     assert loopwise.plan_of(again) is None
-    assert torch.equal(logits(loopwise.load(tmp_path, plan=LOOPED), ids_BT), logits(loopwise.attach(model, LOOPED), ids_BT))
-
-
-def assert_refused(action, match, folder):
-    """A `ValueError` of one line, and nothing new in the folder."""
-    before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
-    with pytest.raises(ValueError, match=match) as caught:
-        action()
-    assert len(str(caught.value).splitlines()) == 1, str(caught.value)
-    assert len(str(caught.value)) < 600
-    assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
-
-
-@pytest.mark.parametrize("form", ["loopwise", "auto_map", "unroll"])
-def test_a_taken_destination_is_refused(tmp_path, form):
-    model, _ = looped()
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "precious.txt").write_text("x")
-    (tmp_path / "file").write_text("x")
-    for name in ("folder", "file"):
-        assert_refused(lambda name=name: loopwise.save(model, tmp_path / name, format=form), "exists", tmp_path)
-    (tmp_path / "empty").mkdir()
-    loopwise.save(model, tmp_path / "empty", format=form)
-    assert sorted(os.listdir(tmp_path)) == ["empty", "file", "folder"]
-
-
-def test_what_cannot_be_saved_is_refused(tmp_path):
-    model, _ = looped()
-    assert_refused(lambda: loopwise.save(model, tmp_path / "x", format="pickle"), "format 'pickle' is unknown", tmp_path)
-    assert_refused(lambda: loopwise.save(tiny_model("llama"), tmp_path / "x"), "no plan", tmp_path)
-    deep, _ = looped("deepseek_v3")
-    assert_refused(lambda: loopwise.save(deep, tmp_path / "x", format="unroll"), "cannot be unrolled", tmp_path)
-    with pytest.raises(OSError):
-        loopwise.save(model, tmp_path / "absent" / "x")
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("form", ["loopwise", "auto_map", "unroll"])
-def test_a_model_with_adapters_is_refused_until_they_are_merged(tmp_path, form):
-    """Its tensors have other names, which no loader would find."""
-    model, ids_BT = looped()
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    assert_refused(lambda: loopwise.save(adapted, tmp_path / "x", format=form), "merge_and_unload", tmp_path)
-    merged = adapted.merge_and_unload()
-    loopwise.save(merged, tmp_path / "x", format=form)
-    assert_close(logits(loopwise.load(tmp_path / "x"), ids_BT), logits(merged, ids_BT), "merged")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("one") / "model"
-    loopwise.save(looped()[0], path)
-    return path
-
-
-def edited(folder, tmp_path, change):
-    """A copy of a checkpoint with another config.json; `change` gets the JSON object or the text."""
-    copy = tmp_path / "edited"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text())
-    result = change(config)
-    text = json.dumps(config) if result is None else result
-    (copy / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    return copy
-
-
-def set_base(**fields):
-    return lambda config: config["base_config"].update(fields)
-
-
-DISAGREEMENTS = {
-    "plan beyond the layers": (lambda config: config.update(plan="0-6"), "layer 6"),
-    "fewer layers than the plan visits": (set_base(num_hidden_layers=4), "layer"),
-    "more layers than tensors": (set_base(num_hidden_layers=7), "tensor model.layers.6.*missing"),
-    "another width": (set_base(hidden_size=16, head_dim=4), "size|shape|mismatch"),
-    "no plan": (lambda config: config.pop("plan") and None, "plan"),
-    "empty plan": (lambda config: config.update(plan=""), "plan"),
-    "malformed plan": (lambda config: config.update(plan="0-("), "plan|expected"),
-    "plan of another type": (lambda config: config.update(plan=[0, 1, 2]), "plan"),
-    "unknown policy": (lambda config: config.update(cache="lru"), "cache policy 'lru'"),
-    "unknown on_deeper": (lambda config: config.update(on_deeper="hope"), "on_deeper"),
-    "unknown base": (set_base(model_type="gpt7"), "gpt7"),
-    "a base that is no decoder": (set_base(model_type="vit", architectures=None), "vit"),
-    "no base": (lambda config: config.update(base_config=None), "base_config"),
-    "a base without a type": (lambda config: config["base_config"].pop("model_type") and None, "model_type"),
-    "itself as base": (lambda config: config.update(base_config={"model_type": "loopwise"}), "base"),
-    "components": (lambda config: config.update(components={"gate": {"width": 3}}), "components.*gate"),
-    "components of another type": (lambda config: config.update(components=7), "components"),
-    "unknown type": (lambda config: config.update(model_type="loopwiser"), "loopwiser"),
-    "no type": (lambda config: config.pop("model_type") and None, "model_type"),
-    "no JSON": (lambda config: "{", "config.json|JSON"),
-    "no object": (lambda config: "[1, 2]", "."),
-    "empty file": (lambda config: "", "config.json|JSON"),
-    "no UTF-8": (lambda config: b"\xff\xfe{}", "."),
-    "bottomless nesting": (lambda config: "[" * 100_000, "."),
-}
-
-
-@pytest.mark.parametrize("case", DISAGREEMENTS)
-def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, tmp_path, case):
-    change, match = DISAGREEMENTS[case]
-    copy = edited(folder, tmp_path, change)
-    assert_refused(lambda: loopwise.load(copy), match, tmp_path)
-
-
-def test_a_missing_or_broken_tensor_file_is_refused(folder, tmp_path):
-    copy = edited(folder, tmp_path, lambda config: None)
-    tensors = copy / "model.safetensors"
-    whole = tensors.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], b"\0" * 100, b"not a tensor file"):
-        tensors.write_bytes(content)
-        assert_refused(lambda: loopwise.load(copy), "cannot load", tmp_path)
-    tensors.unlink()
-    assert_refused(lambda: loopwise.load(copy), "cannot load", tmp_path)
-
-
-def test_a_missing_tensor_is_named(folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    copy = edited(folder, tmp_path, lambda config: None)
-    tensors = load_file(copy / "model.safetensors")
-    del tensors["model.layers.3.mlp.up_proj.weight"]
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(lambda: loopwise.load(copy), r"tensor model\.layers\.3\.mlp\.up_proj\.weight is missing", tmp_path)
-    with pytest.raises(ValueError, match="is missing"):
-        AutoModelForCausalLM.from_pretrained(copy)
-
-
-def test_places_that_are_no_checkpoint_are_refused(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.txt").write_text("x")
-    (tmp_path / "fake.gguf").write_text("not a GGUF file")
-    for source, match in (
-        ("empty", "not a checkpoint"),
-        ("text.txt", "is a file"),
-        ("absent", "does not exist"),
-        ("absent.gguf", "GGUF file .* does not exist"),
-        ("fake.gguf", "cannot load"),
-    ):
-        assert_refused(lambda source=source: loopwise.load(tmp_path / source), match, tmp_path)
-        if source != "fake.gguf":
-            assert_refused(lambda source=source: loopwise.load_tokenizer(tmp_path / source), match, tmp_path)
-    missing = "GGUF file .* does not exist"
-    assert_refused(lambda: loopwise.load(tmp_path / "empty", gguf_file="model.gguf"), missing, tmp_path)
-    assert_refused(lambda: loopwise.load("nobody/nothing"), "cannot load nobody/nothing", tmp_path)
-    assert_refused(lambda: loopwise.load("./nothing"), "does not exist", tmp_path)
-    assert_refused(lambda: loopwise.load(""), ".", tmp_path)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(folder):
-    assert_refused(lambda: loopwise.load_tokenizer(folder), "cannot load a tokenizer", folder)
-
-
-def test_an_encoder_decoder_checkpoint_is_refused(tmp_path):
-    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-    assert_refused(lambda: loopwise.load(tmp_path), "encoder-decoder", tmp_path)
-
-
-def test_a_plan_that_does_not_fit_what_is_loaded_is_refused(folder):
-    with pytest.raises(ValueError, match="layer"):
-        loopwise.load(folder, plan="0-6")
-    with pytest.raises(loopwise.PlanError):
-        loopwise.load(folder, plan="0-(")
-
-
-# Small whole numbers: a million layers would be built.
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 40) | st.floats(allow_nan=False, width=16) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=5,
-)
-OUTER = ["model_type", "plan", "cache", "on_deeper", "components", "base_config", "architectures", "dtype", "auto_map"]
-INNER = ["model_type", "architectures", "num_hidden_layers", "hidden_size", "layer_types", "rope_parameters", "vocab_size"]
-INNER += ["num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "dtype", "pad_token_id", "use_cache"]
-INNER += ["tie_word_embeddings", "rms_norm_eps", "attention_bias", "is_encoder_decoder", "bos_token_id"]
-
-
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-@given(
-    outer=st.dictionaries(st.sampled_from(OUTER), JSON, max_size=2),
-    inner=st.dictionaries(st.sampled_from(INNER), JSON, max_size=2),
-)
-def test_any_json_in_the_configuration_loads_or_is_refused_in_one_line(folder, tmp_path_factory, outer, inner):
-    copy = edited(folder, tmp_path_factory.getbasetemp(), lambda config: config["base_config"].update(inner) or config.update(outer))
-    try:
-        model = loopwise.load(copy)
-    except ValueError as error:
-        assert len(str(error).splitlines()) == 1 and str(error).strip(), repr(error)
-    else:
-        assert loopwise.plan_of(model) is None or loopwise.plan_of(model).num_slots > 0
+    assert torch.equal(
+        logits(loopwise.load(tmp_path, plan=LOOPED), ids_BT), logits(loopwise.attach(model, LOOPED), ids_BT)
+    )
 
 
 def permuted(weight, num_heads):
@@ -465,7 +303,11 @@ def test_a_gguf_file_loads_with_a_plan(tmp_path):
     names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
     names |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
     names |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    tensors = {"token_embd": model.model.embed_tokens.weight, "output_norm": model.model.norm.weight, "output": model.lm_head.weight}
+    tensors = {
+        "token_embd": model.model.embed_tokens.weight,
+        "output_norm": model.model.norm.weight,
+        "output": model.lm_head.weight,
+    }
     for i, layer in enumerate(model.model.layers):
         for ours, theirs in names.items():
             weight = layer.get_submodule(ours).weight

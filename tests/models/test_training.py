@@ -17,7 +17,20 @@ from loopwise.models.hub import layer_list
 from loopwise.models.playing import looping_of
 
 LOOPED = looping_plan(6)
-CHECKPOINTED = ["llama", "gpt2", "bloom", "gemma3_text", "mixtral", "mamba", "mamba2", "falcon_h1", "qwen3_next", "lfm2", "opt", "bert"]
+CHECKPOINTED = [
+    "llama",
+    "gpt2",
+    "bloom",
+    "gemma3_text",
+    "mixtral",
+    "mamba",
+    "mamba2",
+    "falcon_h1",
+    "qwen3_next",
+    "lfm2",
+    "opt",
+    "bert",
+]
 
 
 def looped(model_type="llama", plan=LOOPED):
@@ -123,7 +136,9 @@ def test_detach_under_an_adapter(order):
     model = lora(tiny_model("llama"))
     ids_BT = tiny_inputs(tiny_model("llama"))
     want = logits(model, ids_BT)
-    model = loopwise.attach(model, LOOPED) if order == "lora first" else lora(loopwise.attach(tiny_model("llama"), LOOPED))
+    model = (
+        loopwise.attach(model, LOOPED) if order == "lora first" else lora(loopwise.attach(tiny_model("llama"), LOOPED))
+    )
     loopwise.detach(model)
     assert looping_of(model) is None
     assert torch.equal(logits(model, ids_BT), want)

@@ -12,12 +12,15 @@ places of dropped layers are filled from the other visits.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicLayer
 
 from loopwise.cache.policy import CachePolicy, Sharing, StoreKey
+from loopwise.cache.selected import SelectedLayer, selected_mask
+from loopwise.loop.execute import Visit
 from loopwise.plan.nodes import Slot
 
 
@@ -50,11 +53,22 @@ class DepthCache:
         self._by_layer: list[Any] = []
         self._snapshots: dict[int, dict] = {}
         self._written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._selected: list[SelectedLayer] = []
 
-    def begin(self, cache: Any, slots: Sequence[Slot], *, decoding: bool) -> None:
+    def begin(
+        self,
+        cache: Any,
+        slots: Sequence[Slot],
+        *,
+        decoding: bool,
+        routed: Collection[StoreKey] = (),
+        num_tokens: int = 0,
+    ) -> None:
         """Prepare for a call that visits `slots`.
 
         Lays the entries out on first use, and switches to the decode half of the policy at the first single token.
+        Slots with a key in `routed` are visited by a part of the `num_tokens` tokens: under policy selected their
+        entries hold those tokens only.
 
         Raises:
             ValueError: a slot is visited that earlier tokens in this cache did not visit, under a policy that refuses
@@ -62,7 +76,7 @@ class DepthCache:
         """
         self.clear_if_emptied(cache, decoding=decoding)
         if self.complete is None:
-            self._lay_out(cache, slots)
+            self._lay_out(cache, slots, routed)
         elif decoding and self.sharing != self.policy.decode:
             self._switch(cache, self.policy.decode)
         # Views share this list by layer index, so that a layer which reads another layer's store sees its latest visit.
@@ -77,6 +91,11 @@ class DepthCache:
         if any(store not in self.index for store in used if store[1] < len(self.pristine)):
             raise ValueError("this cache was filled under another plan: start a new cache")
         self.complete = visited if self.complete is None else self.complete & visited
+        stores = [(self.sharing.store(slot), i) for slot in slots for i in self.indices[slot.layer]]
+        entries = [cache.layers[self.index[store]] for store in stores if store in self.index]
+        self._selected = [entry for entry in entries if isinstance(entry, SelectedLayer)]
+        for entry in self._selected:
+            entry.begin(num_tokens)
 
     def goes_deeper(self, slots: Iterable[Slot], *, decoding: bool) -> bool:
         """True when earlier tokens in this cache lack one of these slots."""
@@ -97,8 +116,31 @@ class DepthCache:
         if self.complete is not None and not any(_holds_tokens(entry, decoding) for entry in cache.layers):
             self.clear(cache)
 
-    def view(self, cache: Any, slot: Slot) -> Any:
-        """A shallow copy of the cache in which the layer of `slot` finds the store of `slot` at its own index."""
+    def lets_leave(self, num_tokens: int) -> bool:
+        """Whether tokens of a call may leave a loop before its last iteration.
+
+        Where the current token's keys and values are those of its latest iteration, they are there for any that leaves;
+        where each iteration has its own, policy selected keeps account of who is missing.
+
+        Returns:
+            False for calls that compute several tokens at once into stores in which all must be.
+
+        Raises:
+            ValueError: a policy that never lets them.
+        """
+        decode = self.policy.decode
+        if decode.kind == "own" or decode.size > 1:
+            raise ValueError(
+                f"tokens that leave a loop early would be missing in a cache of policy {self.policy}: use "
+                "set_cache(model, 'selected'), 'last', 'first' or 'own/last', or on_exit='select'"
+            )
+        return self.sharing.kind == "selected" or (self.sharing.is_shared and num_tokens == 1)
+
+    def view(self, cache: Any, slot: Slot, rows: torch.Tensor | None = None) -> Any:
+        """A shallow copy of the cache in which the layer of `slot` finds the store of `slot` at its own index.
+
+        With `rows`, int64 `[b]`, the layer runs for these rows only; the others keep what they have stored.
+        """
         view = object.__new__(type(cache))
         view.__dict__.update(cache.__dict__)
         view.layers = self._by_layer
@@ -109,26 +151,64 @@ class DepthCache:
             if place is None:
                 continue
             entry = cache.layers[place]
-            if self.sharing.kind != "own":
-                entry = self._shared(place, entry, slot)
+            if self.sharing.is_shared:
+                entry = self._shared(place, entry, slot, rows)
             self._by_layer[i] = entry
         return view
 
+    def select(self, cache: Any, visit: Visit, mask: Any, hidden_BTD: torch.Tensor) -> Any:
+        """The attention mask of a visit by a part of the tokens, or by all of them to an entry that lacks some.
+
+        Args:
+            cache: the transformers cache.
+            visit: the visit; its keys and values come next.
+            mask: the mask of a whole visit, see `selected_mask`.
+            hidden_BTD: the state of the call, of which only shape and device are read.
+
+        Raises:
+            ValueError: the visit leaves tokens out and its entry is not one for that, or the mask is of another form.
+        """
+        store = self.sharing.store(visit.slot)
+        entries = [cache.layers[self.index[store, i]] for i in self.indices[visit.slot.layer]]
+        if not all(isinstance(entry, SelectedLayer) for entry in entries):
+            written = all(self.index[store, i] in self._written for i in self.indices[visit.slot.layer])
+            if written and visit.positions is None:
+                whole = not isinstance(mask, torch.Tensor) or len(mask) == 1 or visit.rows is None
+                return mask if whole else mask[visit.rows]
+            if visit.is_partial:
+                raise ValueError(
+                    "visits on a part of the rows or tokens are not available with a cache: use use_cache=False, or cache "
+                    "policy selected for a loop with a router"
+                )
+            return mask
+        narrowed = mask
+        for entry in entries:
+            where_bS = entry.expect(visit, *hidden_BTD.shape[:2], hidden_BTD.device)
+            if not entry.is_whole:
+                narrowed = selected_mask(mask, where_bS, visit, entry.past, hidden_BTD.shape[1])
+        return narrowed
+
     def end(self) -> None:
         """Drop what only the running call needs."""
-        self._by_layer, self._snapshots, self._written = [], {}, {}
+        for entry in self._selected:
+            entry.end()
+        self._by_layer, self._snapshots, self._written, self._selected = [], {}, {}, []
 
-    def _lay_out(self, cache: Any, slots: Sequence[Slot]) -> None:
+    def _lay_out(self, cache: Any, slots: Sequence[Slot], routed: Collection[StoreKey] = ()) -> None:
         stores = {
             (self.sharing.store(slot), i): None
             for slot in slots
             for i in self.indices[slot.layer]
             if i < len(self.pristine)
         }
-        if self.sharing.kind != "own":
+        if self.sharing.is_shared:
             _refuse_unshareable([self.pristine[i] for _, i in stores])
         order = self._order(stores)
-        cache.layers[:] = [copy.deepcopy(self.pristine[i]) for _, i in order]
+        selects = self.sharing.kind == "selected"
+        cache.layers[:] = [
+            _selected_layer(self.pristine[i]) if selects and store in routed else copy.deepcopy(self.pristine[i])
+            for store, i in order
+        ]
         cache.layer_class_to_replicate = None
         self._number(order)
 
@@ -179,9 +259,11 @@ class DepthCache:
         self._number(order)
         self.sharing, self.complete = sharing, frozenset(store for store, _ in order)
 
-    def _shared(self, place: int, entry: Any, slot: Slot) -> Any:
+    def _shared(self, place: int, entry: Any, slot: Slot, rows: torch.Tensor | None) -> Any:
         if self.sharing.reads_only(slot):
-            return _Reader(entry, self._written[place])
+            return _Reader(entry, self._written[place], rows)
+        if rows is not None:
+            return _RowsWriter(entry, place, self._written, rows)
         if place in self._snapshots:
             entry.__dict__.update(self._snapshots[place])
         else:
@@ -206,11 +288,34 @@ class _Writer:
         return self._written[self._place]
 
 
+class _RowsWriter(_Writer):
+    """A store that an earlier iteration has written for all rows, and that some rows write once more."""
+
+    def __init__(self, entry: Any, place: int, written: dict, rows: torch.Tensor):
+        super().__init__(entry, place, written)
+        self._rows = rows
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        """Replace the latest tokens of the rows by `[b, K, T, d]`; returns all tokens of these rows."""
+        new = key_states, value_states
+        before = self._written[self._place]
+        kept = self._entry.keys, self._entry.values
+        after = [_with_rows(whole, self._rows, part) for whole, part in zip(before, new, strict=True)]
+        if kept[0] is not before[0]:  # a window keeps fewer tokens than it returns
+            kept = [_with_rows(whole, self._rows, part) for whole, part in zip(kept, new, strict=True)]
+        else:
+            kept = after
+        self._entry.keys, self._entry.values = kept
+        self._written[self._place] = after[0], after[1]
+        return after[0][self._rows], after[1][self._rows]
+
+
 class _Reader:
     """A store seen by an iteration that reads what iteration 0 wrote."""
 
-    def __init__(self, entry: Any, written: tuple[torch.Tensor, torch.Tensor]):
-        self._entry, self._read = entry, written
+    def __init__(self, entry: Any, written: tuple[torch.Tensor, torch.Tensor], rows: torch.Tensor | None = None):
+        self._entry = entry
+        self._read = written if rows is None else (written[0][rows], written[1][rows])
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -220,6 +325,22 @@ class _Reader:
     def update(self, *args: Any, **kwargs: Any):
         """Ignore the new keys and values; return the stored `(keys, values)`."""
         return self._read
+
+
+def _with_rows(whole_BKSd: torch.Tensor, rows_b: torch.Tensor, part_bKTd: torch.Tensor) -> torch.Tensor:
+    """A copy in which the last T tokens of some rows are replaced."""
+    changed_BKSd = whole_BKSd.clone()
+    changed_BKSd[rows_b, :, -part_bKTd.shape[2] :] = part_bKTd.to(whole_BKSd.dtype)
+    return changed_BKSd
+
+
+def _selected_layer(pristine: Any) -> SelectedLayer:
+    if type(pristine) is not DynamicLayer:
+        raise ValueError(
+            f"cache policy selected needs growing attention caches without a window, this model uses "
+            f"{type(pristine).__name__}: use use_cache=False"
+        )
+    return SelectedLayer()
 
 
 def _holds_tokens(entry: Any, decoding: bool) -> bool:

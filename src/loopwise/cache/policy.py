@@ -3,6 +3,7 @@
 | kind | iteration i reads and writes | exact |
 |---|---|---|
 | own | its own store | yes |
+| selected | its own store, which holds only the tokens that a router let in (MoR 2507.10524) | yes |
 | ring(k) | store i mod k: earlier tokens as their last iteration congruent to i left them | no |
 | last | ring(1): earlier tokens as their last iteration left them (Ouro's decoding, 2510.25741) | no |
 | first | the keys and values of iteration 0, the current tokens' too (recursive sharing, MoR 2507.10524) | no |
@@ -24,22 +25,22 @@ StoreKey = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """One half of a policy: `kind` is own, first or ring; `size` is the number of stores of a ring."""
+    """One half of a policy: `kind` is own, selected, first or ring; `size` is the number of stores of a ring."""
 
     kind: str = "own"
     size: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Sharing:
-        """Read `own`, `first`, `last` or `ring(k)`; anything else is a `ValueError`."""
-        if text in ("own", "first"):
+        """Read `own`, `selected`, `first`, `last` or `ring(k)`; anything else is a `ValueError`."""
+        if text in ("own", "selected", "first"):
             return cls(kind=text)
         if text == "last":
             return cls(kind="ring", size=1)
         match = re.fullmatch(r"ring\(([0-9]{1,6})\)", text)
         if match is None or int(match[1]) < 1:
             raise ValueError(
-                f"cache policy {text!r} is unknown: use own, last, first, ring(k), or a pair such as own/last"
+                f"cache policy {text!r} is unknown: use own, selected, last, first, ring(k), or a pair such as own/last"
             )
         return cls(kind="ring", size=int(match[1]))
 
@@ -57,6 +58,11 @@ class Sharing:
     def reads_only(self, slot: Slot) -> bool:
         """True when the slot reads what another iteration wrote for the same token."""
         return self.kind == "first" and any(slot.iterations)
+
+    @property
+    def is_shared(self) -> bool:
+        """True when several visits use one store."""
+        return self.kind in ("first", "ring")
 
     @property
     def is_sequential(self) -> bool:
@@ -87,16 +93,21 @@ class CachePolicy:
             raise ValueError(
                 "a cache policy pair must start with own, such as own/last: other prefills fix the decoding"
             )
+        if "selected" in (self.prefill.kind, self.decode.kind) and self.prefill != self.decode:
+            raise ValueError("cache policy selected is no part of a pair: use selected for prefill and decoding")
+        if self.on_deeper == "catch_up" and self.prefill.kind == "selected":
+            raise ValueError("on_deeper='catch_up' is not available with cache policy selected: use 'refuse'")
         if self.on_deeper == "catch_up" and not self.is_exact:
             raise ValueError("on_deeper='catch_up' goes with cache policy own: shared stores need no catching up")
 
     @classmethod
     def parse(cls, text: str, on_deeper: str = "refuse") -> CachePolicy:
-        """Read `own`, `last`, `first`, `ring(k)` or a pair `prefill/decode`."""
+        """Read `own`, `selected`, `last`, `first`, `ring(k)` or a pair `prefill/decode`."""
         if not isinstance(text, str):
             raise ValueError(f"cache policy must be text such as 'own' or 'own/last', not {type(text).__name__}")
         prefill, slash, decode = text.partition("/")
-        return cls(prefill=Sharing.parse(prefill), decode=Sharing.parse(decode if slash else prefill), on_deeper=on_deeper)
+        decode = decode if slash else prefill
+        return cls(prefill=Sharing.parse(prefill), decode=Sharing.parse(decode), on_deeper=on_deeper)
 
     def __str__(self) -> str:
         return str(self.prefill) if self.prefill == self.decode else f"{self.prefill}/{self.decode}"
@@ -104,4 +115,4 @@ class CachePolicy:
     @property
     def is_exact(self) -> bool:
         """True when cached decoding equals full recomputation of the model under its plan."""
-        return self.prefill.kind == "own" and self.decode.kind == "own"
+        return not self.prefill.is_shared and not self.decode.is_shared

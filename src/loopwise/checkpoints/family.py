@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Family:
         build: (config.json, tensor names) -> a model of ours with fresh weights.
         rules: (config.json, tensor names) -> the tensor map, see `Rule`.
         differs: what differs between the paper and the published code, and which we follow.
+        untied: the family of its checkpoints in which tensors that it shares differ; None refuses them.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Family:
     build: Callable[[Config, frozenset[str]], Any]
     rules: Callable[[Config, frozenset[str]], list[Rule]]
     differs: str = ""
+    untied: Family | None = None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -51,8 +54,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def tensor_names(folder: Path) -> frozenset[str]:
+    """Names of the tensors in a folder's safetensors files, read off index or header; none where there are no files."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    try:
+        if index.is_file():
+            return frozenset(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        with open(single, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size)) if size <= single.stat().st_size else {}
+        return frozenset(header) - {"__metadata__"}
+    except (OSError, struct.error, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        return frozenset()  # whoever loads the tensors says what is wrong with them
+
+
 def read_tensors(folder: Path) -> Tensors:
-    """All tensors of a folder's safetensors files, sharded or single; `ValueError` when there are none or one is broken."""
+    """All tensors of a folder's safetensors files; `ValueError` when there are none or one is broken."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -77,4 +94,12 @@ def require(config: Config, field: str, *allowed: Any) -> Any:
     value = config[field]
     if allowed and value not in allowed:
         raise ValueError(f"config.json has {field}={value!r}: supported is {', '.join(map(repr, allowed))}")
+    return value
+
+
+def count(config: Config, field: str, *, least: int = 1) -> int:
+    """A field that holds a whole number of at least `least`; `ValueError` names it otherwise."""
+    value = require(config, field)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"config.json has {field}={value!r}: use a whole number of at least {least}")
     return value

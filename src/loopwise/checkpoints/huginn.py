@@ -149,9 +149,11 @@ def _rules(config: Config, names: frozenset[str]) -> list[Rule]:
 def rotary_buffer(config: Config) -> torch.Tensor:
     """The table that Huginn stores: float32 `[1, positions, 1, head_dim / 2, 2]`, cosine and sine last."""
     head_dim = require(config, "n_embd") // (config.get("n_heads") or require(config, "num_attention_heads"))
-    base = config.get("rope_base") or config["rope_settings"]["rope_base"]
+    settings = {"rope_base": 50_000, "rope_condense_ratio": 1} | dict(config.get("rope_settings") or {})  # Parcae's
+    base = config.get("rope_base") or settings["rope_base"]
+    positions = config.get("randomize_positions_from") or require(config, "block_size")
     frequencies = 1.0 / (base ** (torch.arange(0, head_dim, 2)[: head_dim // 2].float() / head_dim))
-    angles = torch.outer(torch.arange(require(config, "block_size")).float(), frequencies)
+    angles = torch.outer(torch.arange(positions).float() / settings["rope_condense_ratio"], frequencies)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)[None, :, None]
 
 
@@ -161,7 +163,7 @@ HUGINN = Family(
     matches=lambda config, names: _is_raven(config) and _is_sandwich(names),
     build=_build,
     rules=_rules,
-    differs="The public file ignores the attention mask and draws a fresh state at every call; ours masks padding and takes a generator.",
+    differs="The public file ignores the attention mask; ours masks padding. A random state takes a generator.",
 )
 RETROFIT = Family(
     name="retrofit",

@@ -15,6 +15,10 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 
+class UntiedError(ValueError):
+    """Tensors that a family shares differ."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """One foreign tensor and the tensors of ours that it holds.
@@ -48,7 +52,8 @@ def import_tensors(
         shapes: names and shapes of our model's parameters and persistent buffers.
 
     Raises:
-        ValueError: names the first tensor that is missing, left over, misshapen, or untied where it must be tied.
+        ValueError: names the first tensor that is missing, left over, misshapen, untied where it must be tied, or other
+            than what the configuration derives.
     """
     ours: Tensors = {}
     used: set[str] = set()
@@ -61,6 +66,8 @@ def import_tensors(
         used.add(rule.foreign)
         if rule.tied_to is not None:
             _check_tied(rule, tensor, foreign)
+        elif rule.derive is not None:
+            _check_derived(rule, tensor, rule.derive())
         elif rule.ours:
             ours |= _split(rule, tensor, shapes)
     left = sorted(set(foreign) - used)
@@ -74,7 +81,11 @@ def import_tensors(
 def export_tensors(
     rules: Iterable[Rule], ours: Mapping[str, torch.Tensor], names: Iterable[str] | None = None
 ) -> Tensors:
-    """Foreign tensors from ours; `names` limits them to those that the checkpoint had (default: all but tied copies)."""
+    """Foreign tensors from ours; `names` are those that the checkpoint had (default: all but tied copies).
+
+    Raises:
+        ValueError: tensors of ours that one foreign tensor held are no longer equal.
+    """
     wanted = None if names is None else set(names)
     foreign: Tensors = {}
     tied = []
@@ -88,7 +99,10 @@ def export_tensors(
         elif all(name in ours for name in rule.ours):
             parts = [ours[name] for name in rule.ours]
             joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-            foreign[rule.foreign] = rule.reshape(joined) if rule.reshape else joined
+            joined = rule.reshape(joined) if rule.reshape else joined
+            if rule.foreign in foreign and not torch.equal(foreign[rule.foreign], joined):
+                raise ValueError(f"{rule.ours[0]} has become other than what it shares tensor {rule.foreign} with")
+            foreign[rule.foreign] = joined
     if wanted is not None:
         foreign |= {rule.foreign: foreign[rule.tied_to].clone() for rule in tied if rule.tied_to}
     return {name: tensor.contiguous() for name, tensor in foreign.items()}
@@ -107,9 +121,18 @@ def _split(rule: Rule, tensor: torch.Tensor, shapes: Mapping[str, torch.Size]) -
     return {name: piece.clone() for name, piece in zip(rule.ours, pieces, strict=True)}
 
 
+def _check_derived(rule: Rule, tensor: torch.Tensor, derived: torch.Tensor) -> None:
+    if tensor.shape != derived.shape:
+        raise ValueError(
+            f"tensor {rule.foreign} has shape {list(tensor.shape)}, the configuration asks for {list(derived.shape)}"
+        )
+    if (tensor.double() - derived.double()).abs().max() > 2 * torch.finfo(tensor.dtype).eps + 1e-5:
+        raise ValueError(f"tensor {rule.foreign} is not what the configuration makes of it")
+
+
 def _check_tied(rule: Rule, tensor: torch.Tensor, foreign: Mapping[str, torch.Tensor]) -> None:
     source = foreign.get(rule.tied_to or "")
     if source is None:
         raise ValueError(f"the checkpoint lacks tensor {rule.tied_to}, to which {rule.foreign} is tied")
     if source.shape != tensor.shape or not torch.equal(source, tensor):
-        raise ValueError(f"tensor {rule.foreign} must be tied to {rule.tied_to} but differs from it")
+        raise UntiedError(f"tensor {rule.foreign} must be tied to {rule.tied_to} but differs from it")

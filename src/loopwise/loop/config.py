@@ -15,7 +15,20 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, Union
 
 # Imported on the first look-up, so that every component of this room is known without importing them all here.
-_HOMES = ("state", "update", "depth", "halting", "act", "criteria", "objective", "delta", "route")
+_HOMES = (
+    "state",
+    "update",
+    "depth",
+    "halting",
+    "act",
+    "criteria",
+    "objective",
+    "delta",
+    "route",
+    "conditioning",
+    "signals",
+    "carry",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

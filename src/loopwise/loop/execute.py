@@ -28,17 +28,25 @@ class Visit:
             ascending),
             or None for all. Tokens that do not take part are neither queries nor keys: they keep their state.
         with_grad: False runs the visit without recording a gradient.
+        parts: where rows differ in how many of their tokens take part: visits of the same slot on disjoint rows, run one
+            after another in the place of this one, possibly none. None runs the visit as it is.
     """
 
     slot: Slot
     rows: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     with_grad: bool = True
+    parts: tuple[Visit, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a divided visit that is narrowed besides."""
+        if self.parts is not None and (self.rows is not None or self.positions is not None):
+            raise ValueError("a visit that is divided into parts has no rows and positions of its own: narrow its parts")
 
     @property
     def is_partial(self) -> bool:
         """True when the visit leaves some rows or tokens out."""
-        return self.rows is not None or self.positions is not None
+        return self.rows is not None or self.positions is not None or self.parts is not None
 
 
 class Hook(Protocol):
@@ -78,10 +86,11 @@ def execute(state_BTD: torch.Tensor, visits: Iterable[Visit], run: Run, hooks: S
             continue
         before_BTD = state_BTD
         with torch.set_grad_enabled(torch.is_grad_enabled() and visit.with_grad):
-            if visit.is_partial:
-                state_BTD = scatter(state_BTD, run(visit, gather(state_BTD, visit)), visit)
-            else:
-                state_BTD = run(visit, state_BTD)
+            for part in (visit,) if visit.parts is None else visit.parts:
+                if part.is_partial:
+                    state_BTD = scatter(state_BTD, run(part, gather(state_BTD, part)), part)
+                else:
+                    state_BTD = run(part, state_BTD)
         for hook in hooks:
             state_BTD = hook.after(visit, before_BTD, state_BTD)
     return state_BTD

@@ -162,7 +162,12 @@ class Gate(nn.Module):
         """Args: width D of the state; start of the bias (1 in the ACT of the Universal Transformer)."""
         super().__init__()
         self.linear = nn.Linear(width, 1)
-        nn.init.constant_(self.linear.bias, bias)
+        self.first_bias = bias
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The bias as at the start; the weight is left to its owner."""
+        nn.init.constant_(self.linear.bias, self.first_bias)
 
     def forward(self, state_BTD: torch.Tensor) -> torch.Tensor:
         """State, floating `[..., D]` -> logits `[...]`."""

@@ -14,14 +14,19 @@ while the executor plays the plan, so the layers in between know nothing of them
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from loopwise.loop.boundary import Turn, turns_of
-from loopwise.loop.execute import Visit, gather, scatter
+from loopwise.loop.boundary import SlotKey, Turn, turns_of
+from loopwise.loop.config import Component
+from loopwise.loop.execute import Hook, Visit, gather, scatter
+from loopwise.loop.exits import ON_EXIT, Exits, running_parts
+from loopwise.loop.routing import Routing, is_routed
 from loopwise.loop.state import InputState, StateInit, make
 from loopwise.loop.update import Update
+from loopwise.loop.window import GradientWindow, Last
 from loopwise.plan.plans import Plan
 
 
@@ -32,12 +37,22 @@ class LoopModule(nn.Module):
         state: where the state starts (one-state form).
         update: how it meets what re-enters.
         entry: applied to the injected tensor once, such as a norm; None for nothing.
-        signal: called as `signal(state_btD, iteration)` and added at every iteration (positions, step embeddings).
+        signal: called as `signal(state_btD, iteration, position_ids_bt)` and added at every iteration (positions, step
+            embeddings).
         conditioner: called as `conditioner(time, step)`; what it returns reaches the loop's layers as `conditioning`.
         turn: applied to the state after every iteration, such as a norm; None for nothing.
         exit: applied once, after the last iteration; None for nothing.
         stream: name of the stream that the loop carries; None for the one-state form.
         reads: streams whose sum re-enters.
+        grad: how many of the last iterations carry a gradient, see `GradientWindow`; None for all.
+        gate: state `[..., D]` -> logits `[...]` of the probability to leave the loop after an iteration; None for none.
+        halting: the rule that the gate drives, see `Exits`; None lets every token run every iteration.
+        on_exit: "skip" or "select", what happens to a token that has left, see `exits`.
+        route: the routers of its iterations, see `routing`; such a loop has no other components.
+        follows: name of the loop whose routers this one goes on with.
+
+    Raises:
+        ValueError: an unknown `on_exit`, or a halting rule without a gate.
     """
 
     def __init__(
@@ -52,8 +67,18 @@ class LoopModule(nn.Module):
         exit: nn.Module | None = None,
         stream: str | None = None,
         reads: tuple[str, ...] = (),
+        grad: Last | None = None,
+        gate: nn.Module | None = None,
+        halting: Component | None = None,
+        on_exit: str = "skip",
+        route: nn.Module | None = None,
+        follows: str | None = None,
     ):
         super().__init__()
+        if on_exit not in ON_EXIT:
+            raise ValueError(f"on_exit={on_exit!r}: use {' or '.join(ON_EXIT)}")
+        if halting is not None and gate is None:
+            raise ValueError(f"{halting.kind} needs a gate that drives it: give the loop gate=true")
         self.state = state or InputState()
         self.update = update or Update()
         self.entry = entry or nn.Identity()
@@ -62,6 +87,9 @@ class LoopModule(nn.Module):
         self.turn = turn or nn.Identity()
         self.exit = exit or nn.Identity()
         self.stream, self.reads = stream, reads
+        self.grad = grad
+        self.gate, self.halting, self.on_exit = gate, halting, on_exit
+        self.route, self.follows = route, follows
 
 
 class Passes:
@@ -75,10 +103,20 @@ class Passes:
         generator: source of random first states.
         schedule: step sizes `[R]` of the iterations, for conditioners; default 1/R each.
         collect: name of the loop whose state after every iteration is kept in `states`.
+        window: by loop name, replaces the `grad` of the modules for this forward.
+        halting: replaces the `halting` of all modules with a gate for this forward.
+        on_exit: replaces the `on_exit` of the modules for this forward.
+        select: how loops with expert choice select, "top" or "threshold", for this forward.
 
     Attributes:
         states: the collected states, each `[B, T, D]`.
+        hooks: for the executor: the gradient window, and the skipping of tokens that have left, where there are such.
+        exits: by loop name, what its gate did at the latest run; of loops that are collected or have a halting rule.
+        routing: the routers at work, None where no loop has any.
+        routed: keys of the slots that a part of the tokens may visit.
+        may_skip: set by the player: False makes "skip" work as "select" for this forward.
         arguments: further arguments for the layers inside the present iteration.
+        position_ids: int64 `[B or 1, T]`, set by the owner, for signals; None counts from 0.
     """
 
     def __init__(
@@ -91,14 +129,41 @@ class Passes:
         generator: torch.Generator | None = None,
         schedule: torch.Tensor | None = None,
         collect: str | None = None,
+        window: Mapping[str, Last] | None = None,
+        halting: Component | None = None,
+        on_exit: str | None = None,
+        select: str | None = None,
     ):
         self.modules = modules
         self.streams = dict(streams or {})
         self.states: list[torch.Tensor] = []
         self.arguments: dict[str, torch.Tensor] = {}
+        self.position_ids: torch.Tensor | None = None
         self._schedule = schedule
         self._turns = turns_of(plan) if modules or collect else {}
         self._initial_state, self._generator, self._collect = initial_state, generator, collect
+        last = {name: module.grad for name, module in modules.items() if isinstance(module, LoopModule)}
+        last = {name: count for name, count in last.items() if count is not None} | dict(window or {})
+        self.hooks: list[Hook] = [GradientWindow(plan, last)] if last else []
+        self._with_grad = torch.is_grad_enabled()
+        if on_exit not in (None, *ON_EXIT):
+            raise ValueError(f"on_exit={on_exit!r}: use {' or '.join(ON_EXIT)}")
+        self._halting, self._on_exit = halting, on_exit
+        self.may_skip = True
+        self.exits: dict[str, Exits] = {}
+        self._runs: dict[tuple[int, ...], tuple[tuple[int, ...], Exits]] = {}
+        self._kept_at: SlotKey | None = None
+        gated = [module for module in modules.values() if isinstance(module, LoopModule) and module.gate is not None]
+        if halting is not None and not gated:
+            raise ValueError(f"{halting.kind} needs a gate that drives it: no loop of this model has one")
+        self.skips = any(self._skips(module) for module in gated)
+        self.routed: set[SlotKey] = set()
+        if self.skips:
+            self.hooks.append(_LeaveOut(self))
+            self.routed |= self._may_lack_tokens(plan)
+        self.routing: Routing | None = None
+        if any(is_routed(module) for module in modules.values()):
+            self._route(Routing(plan, modules, select=select, collect=collect))
         self._entered: dict[tuple[int, ...], torch.Tensor] = {}
         self._carried: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -112,15 +177,21 @@ class Passes:
             if module.stream is not None:
                 part_btD = gather(self.streams[module.stream], visit)
             elif turn.is_first:
-                entered_btD = module.entry(part_btD)
+                # What re-enters later iterations keeps its gradient, whether or not the first one carries one.
+                with torch.set_grad_enabled(self._with_grad):
+                    entered_btD = module.entry(part_btD)
                 self._entered[turn.path] = _put(self._entered.get(turn.path), entered_btD, visit, num_rows, num_tokens)
                 part_btD = self._start(module, entered_btD, visit)
-            self._carried[turn.path] = part_btD
+            self._carried[turn.path] = _put(self._carried.get(turn.path), part_btD, visit, num_rows, num_tokens)
             part_btD = module.update(part_btD, self._injected(turn, module, visit), **_where(turn))
             if module.conditioner is not None:
                 self.arguments["conditioning"] = self._conditioning(module.conditioner, turn, part_btD)
             if module.signal is not None:
-                part_btD = part_btD + module.signal(part_btD, turn.iteration)
+                positions = self._positions(visit, part_btD, num_rows, num_tokens)
+                part_btD = part_btD + module.signal(part_btD, turn.iteration, positions)
+            exits = self._exits(turn, module, visit)
+            if exits is not None:
+                exits.enter(visit, part_btD, num_rows, num_tokens)
         return part_btD
 
     def end(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
@@ -130,23 +201,131 @@ class Passes:
             module = self._module(turn)
             if module is not None:
                 injected_btD = self._injected(turn, module, visit)
-                part_btD = module.update.leave(self._carried[turn.path], part_btD, injected_btD, **_where(turn))
+                carried_btD = gather(self._carried[turn.path], visit)
+                part_btD = module.update.leave(carried_btD, part_btD, injected_btD, **_where(turn))
                 part_btD = module.turn(part_btD)
                 if module.stream is not None:
                     before = self.streams[module.stream]
                     self.streams[module.stream] = _put(before, part_btD, visit, num_rows, num_tokens)
-            if turn.loop.name is not None and turn.loop.name == self._collect:
-                before = self.states[-1] if self.states else None
-                self.states.append(_put(before, part_btD, visit, num_rows, num_tokens))
-            if module is not None and turn.is_last:
+            if turn.loop.name is not None and turn.loop.name == self._collect and not self._is_routed(turn):
+                self._keep(visit, part_btD, num_rows, num_tokens)
+            exits = None if module is None else self._exits(turn, module, visit)
+            if module is not None and exits is not None:
+                part_btD = exits.leave(visit, part_btD, num_rows, num_tokens, last=turn.is_last, exit=module.exit)
+            elif module is not None and turn.is_last:
                 part_btD = module.exit(part_btD)
+            if module is not None and turn.is_last and not visit.is_partial:
                 self.arguments.clear()
         return part_btD
 
+    def _route(self, routing: Routing) -> None:
+        if self.skips:
+            raise ValueError("a model with routers has no halting that skips tokens besides: use on_exit='select'")
+        self.routing = routing
+        self.hooks.append(routing)
+        routing.states = self.states
+        self.routed |= routing.slots
+
+    def route_tokens(self, mask: torch.Tensor | None, num_tokens: int, past: int) -> None:
+        """Tell the routers which tokens there are.
+
+        Args:
+            mask: 1 for tokens, 0 for padding, `[B, past + T]`; of another form it says nothing.
+            num_tokens: T.
+            past: how many tokens are in a cache.
+
+        Raises:
+            ValueError: the choice among tokens would have to see those in the cache.
+        """
+        if self.routing is None:
+            return
+        if past and self.routing.looks_ahead:
+            raise ValueError(
+                "selecting the best tokens looks at the whole sequence, a cache cannot go on with it: pass "
+                "select='threshold' from the first call on, as generate does"
+            )
+        if mask is not None and mask.ndim == 2:
+            self.routing.tokens_BT = mask[:, -num_tokens:].bool()
+
+    @property
+    def observed(self) -> Exits | None:
+        """What the gate of the collected loop did, or of the first loop with a halting rule."""
+        return self.exits.get(self._collect or "") or next(iter(self.exits.values()), None)
+
+    def narrow(self, visit: Visit) -> Visit:
+        """A visit without the tokens that have left a loop around it.
+
+        Raises:
+            ValueError: the visit leaves out others besides.
+        """
+        running_BT = self._running(visit)
+        if running_BT is None or bool(running_BT.all()):
+            return visit
+        if visit.is_partial:
+            raise ValueError("tokens leave a loop whose visits are narrowed otherwise: use on_exit='select'")
+        parts = tuple(running_parts(visit.slot, running_BT))
+        turns = self._turns.get(visit.slot.key)
+        for turn in turns.end if turns and not parts else ():
+            if turn.loop.name is not None and turn.loop.name == self._collect:
+                self.states.append(self.states[-1])
+            if turn.path in self._runs:
+                self._runs[turn.path][1].pass_over()
+        if turns and any(turn.is_last for turn in turns.end) and not parts:
+            self.arguments.clear()
+        return replace(visit, parts=parts)
+
+    def _running(self, visit: Visit) -> torch.Tensor | None:
+        slot, running_BT = visit.slot, None
+        for path, (run, exits) in self._runs.items():
+            is_inside = slot.position[: len(path)] == path and slot.iterations[: len(run)] == run
+            if is_inside and exits.skips and exits.running_BT is not None:
+                running_BT = exits.running_BT if running_BT is None else running_BT & exits.running_BT
+        return running_BT
+
+    def _may_lack_tokens(self, plan: Plan) -> set[SlotKey]:
+        turns = [turn for turns in self._turns.values() for turn in turns.begin]
+        modules = {turn.path: self._module(turn) for turn in turns}
+        paths = [path for path, module in modules.items() if module and module.gate and self._skips(module)]
+        return {
+            slot.key
+            for slot in plan.slots
+            for path in paths
+            if slot.position[: len(path)] == path and slot.iterations[len(path) - 1] > 0
+        }
+
+    def _skips(self, module: LoopModule) -> bool:
+        rule = module.halting if self._halting is None else self._halting
+        return rule is not None and (self._on_exit or module.on_exit) == "skip"
+
+    def _exits(self, turn: Turn, module: LoopModule, visit: Visit) -> Exits | None:
+        """The gate at work in the present run of a loop, or None where nobody asks what it says."""
+        rule = module.halting if self._halting is None else self._halting
+        if module.gate is None or (rule is None and turn.loop.name != self._collect):
+            return None
+        run = visit.slot.iterations[: len(turn.path) - 1]  # iterations of the loops around this one
+        if turn.path not in self._runs or self._runs[turn.path][0] != run:
+            skips = self.may_skip and self._skips(module)
+            exits = Exits(module.gate, rule, skips=skips, generator=self._generator)
+            self._runs[turn.path] = run, exits
+            self.exits[turn.loop.name or ""] = exits
+        return self._runs[turn.path][1]
+
+    def _keep(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> None:
+        """Collect a state; further parts of the same visit go into the same one."""
+        before = self.states[-1] if self.states else None
+        if self._kept_at == visit.slot.key:
+            self.states.pop()
+        self._kept_at = visit.slot.key
+        self.states.append(_put(before, part_btD, visit, num_rows, num_tokens))
+
     def _module(self, turn: Turn) -> LoopModule | None:
-        module = self.modules[turn.loop.name] if turn.loop.name in self.modules else None
+        name = turn.loop.name
+        module = self.modules[name] if name is not None and name in self.modules else None
         assert module is None or isinstance(module, LoopModule)
-        return module
+        return None if is_routed(module) else module
+
+    def _is_routed(self, turn: Turn) -> bool:
+        return turn.loop.name in self.modules and is_routed(self.modules[turn.loop.name])
 
     def _start(self, module: LoopModule, entered_btD: torch.Tensor, visit: Visit) -> torch.Tensor:
         given = self._initial_state
@@ -163,11 +342,30 @@ class Passes:
             )
         return conditioner(steps[: turn.iteration].sum(), steps[turn.iteration])
 
+    def _positions(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
+        positions = self.position_ids
+        if positions is None:
+            positions = torch.arange(num_tokens, device=part_btD.device)[None]
+        return gather(positions.expand(num_rows, -1), visit) if visit.is_partial else positions
+
     def _injected(self, turn: Turn, module: LoopModule, visit: Visit) -> torch.Tensor:
         if module.stream is None:
             return gather(self._entered[turn.path], visit)
         parts = [gather(self.streams[name], visit) for name in module.reads]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+class _LeaveOut:
+    """Executor hook: tokens that have left a loop are not visited."""
+
+    def __init__(self, passes: Passes):
+        self.passes = passes
+
+    def before(self, visit: Visit, state_BTD: torch.Tensor) -> Visit:
+        return self.passes.narrow(visit)
+
+    def after(self, visit: Visit, before_BTD: torch.Tensor, state_BTD: torch.Tensor) -> torch.Tensor:
+        return state_BTD
 
 
 def _where(turn: Turn) -> dict[str, int]:

@@ -131,7 +131,7 @@ def gate_loss(
 
     `w_t = sigmoid(slope * (max(0, L_{t-1} - L_t) - margin))` is what the probability `1 - lambda_t` to go on should be;
     the loss is `1/R sum_{t=2}^{R} BCE(1 - lambda_t, w_t)`: R - 1 terms divided by R, as in the paper. The losses are
-    detached: only the gate learns.
+    detached; the layers that the gate reads are to be frozen by the caller, as in the paper.
 
     Args:
         gate_logits_RBT: `lambda = sigmoid(z)`, floating `[R, B, T]`; the first is not read.

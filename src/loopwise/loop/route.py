@@ -91,7 +91,7 @@ def capacity_count(capacity: float, num_tokens: int) -> int:
     return max(1, int(capacity * num_tokens))
 
 
-def top_tokens(scores_BT: torch.Tensor, candidates_BT: torch.Tensor, count: int) -> torch.Tensor:
+def top_tokens(scores_BT: torch.Tensor, candidates_BT: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     """The `count` best candidates of each row; of equal scores the earlier position wins.
 
     Not causal: whether a token is chosen depends on later ones.
@@ -99,7 +99,7 @@ def top_tokens(scores_BT: torch.Tensor, candidates_BT: torch.Tensor, count: int)
     Args:
         scores_BT: floating `[B, T]`.
         candidates_BT: bool `[B, T]`.
-        count: k, the same for every row.
+        count: k, the same for every row, or int64 `[B]`.
 
     Returns:
         bool `[B, T]` with k true entries in each row.
@@ -108,12 +108,14 @@ def top_tokens(scores_BT: torch.Tensor, candidates_BT: torch.Tensor, count: int)
         ValueError: a row has fewer candidates than k.
     """
     available = candidates_BT.sum(1)
-    if bool((available < count).any()):
-        row = int((available < count).nonzero()[0])
-        few = f"row {row} has {int(available[row])} candidates, fewer than the {count} to select"
+    count_B = torch.as_tensor(count, device=available.device).expand(len(available))
+    if bool((available < count_B).any()):
+        row = int((available < count_B).nonzero()[0])
+        few = f"row {row} has {int(available[row])} candidates, fewer than the {int(count_B[row])} to select"
         raise ValueError(f"{few}; lower the capacity, or leave padding out of the batch")
     ranked_BT = scores_BT.masked_fill(~candidates_BT, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(candidates_BT).scatter(1, ranked_BT[:, :count], True)
+    chosen_BT = torch.arange(scores_BT.shape[1], device=count_B.device) < count_B[:, None]
+    return torch.zeros_like(candidates_BT).scatter(1, ranked_BT, chosen_BT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,11 @@ class ExpertChoice(Component):
         threshold: with `select="threshold"`, tokens with `sigmoid(score)` above it run.
         temperature: the router reads `state / temperature`.
         aux_weight: weight of `auxiliary_loss`.
+        z_weight: weight of the mean squared score in training; 0 leaves it out.
+        select: what a call does that does not say: "top" or "threshold".
+        function: "sigmoid", or "tanh" in its place in the weight, or "none": the weight is the score, without alpha.
+        gating: "weighted", or "additive": the weight of selected tokens is 1.
+        router: "linear", or "mlp": `W2 gelu(W1 x)` with twice the width inside.
     """
 
     kind: ClassVar[str | None] = "route.expert"
@@ -135,6 +142,11 @@ class ExpertChoice(Component):
     threshold: float = 0.5
     temperature: float = 1.0
     aux_weight: float = 0.001
+    z_weight: float = 0.0
+    select: Literal["top", "threshold"] = "top"
+    function: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    gating: Literal["weighted", "additive"] = "weighted"
+    router: Literal["linear", "mlp"] = "linear"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -142,6 +154,7 @@ class ExpertChoice(Component):
         in_range = all(0 < capacity <= 1 for capacity in self.capacities)
         falling = all(a >= b for a, b in zip(self.capacities, self.capacities[1:], strict=False))
         self.require(in_range and falling, "capacities", "must be in (0, 1] and not increase")
+        self.require(self.alpha > 0, "alpha", "must be above 0")
         self.require(0 <= self.threshold < 1, "threshold", "must be in [0, 1)")
         self.require(self.temperature > 0, "temperature", "must be above 0")
 
@@ -162,13 +175,16 @@ class ExpertChoice(Component):
 
 
 class ExpertRouters(nn.Module):
-    """See `ExpertChoice`; one bias-free router per iteration, parameters `routers.{i}.weight` `[1, D]`."""
+    """See `ExpertChoice`; one bias-free router per iteration, parameters `routers.{i}.weight` `[1, D]`.
+
+    Those of a router "mlp" are `routers.{i}.{0,2}.weight`.
+    """
 
     def __init__(self, config: ExpertChoice, width: int, num_iterations: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.num_iterations = config, num_iterations
         self.capacities = [config.capacity(iteration, num_iterations) for iteration in range(num_iterations)]
-        self.routers = nn.ModuleList(nn.Linear(width, 1, bias=False) for _ in range(num_iterations))
+        self.routers = nn.ModuleList(_router(config.router, width, 1) for _ in range(num_iterations))
 
     def forward(
         self,
@@ -177,6 +193,7 @@ class ExpertRouters(nn.Module):
         *,
         candidates_BT: torch.Tensor | None = None,
         select: Literal["top", "threshold"] = "top",
+        lengths_B: torch.Tensor | None = None,
     ) -> Selection:
         """Select the tokens of an iteration.
 
@@ -188,6 +205,8 @@ class ExpertRouters(nn.Module):
             select: "top" keeps a fixed number of each row and is not causal; "threshold" compares each token with
                 `config.threshold` and is. Published evaluation code uses "top", with which a prompt's later tokens
                 change its earlier ones, and a single token in decoding runs every iteration.
+            lengths_B: int64 `[B]`, the tokens of each row that are not padding, of which "top" keeps its fraction, so
+                that a row does not depend on its batch mates; T if None.
 
         Returns:
             The selection; gradients flow through its weights and scores.
@@ -199,18 +218,27 @@ class ExpertRouters(nn.Module):
         scores_BT = self.routers[iteration](state_BTD / config.temperature).squeeze(-1)
         if candidates_BT is None:
             candidates_BT = torch.ones_like(scores_BT, dtype=torch.bool)
-        gates_BT = torch.sigmoid(scores_BT)
         if select == "top":
-            count = capacity_count(self.capacities[iteration], scores_BT.shape[1])
+            count: int | torch.Tensor = capacity_count(self.capacities[iteration], scores_BT.shape[1])
+            if lengths_B is not None:
+                count = (self.capacities[iteration] * lengths_B.double()).long().clamp(min=1).minimum(lengths_B)
             active_BT = top_tokens(scores_BT.detach(), candidates_BT, count)
         else:
-            active_BT = candidates_BT & (gates_BT > config.threshold)
+            active_BT = candidates_BT & (torch.sigmoid(scores_BT) > config.threshold)
         return Selection(
             active_BT=active_BT,
-            weights_BT=torch.where(active_BT, config.alpha * gates_BT, 0),
+            weights_BT=torch.where(active_BT, self._weights(scores_BT), 0),
             scores_BT=torch.where(candidates_BT, scores_BT, torch.nan),
             candidates_BT=candidates_BT,
         )
+
+    def _weights(self, scores_BT: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        if config.gating == "additive":
+            return torch.ones_like(scores_BT)
+        if config.function == "none":
+            return scores_BT
+        return config.alpha * (torch.tanh(scores_BT) if config.function == "tanh" else torch.sigmoid(scores_BT))
 
 
 def auxiliary_loss(selection: Selection) -> torch.Tensor:
@@ -234,6 +262,9 @@ class TokenChoice(Component):
         bias_step: how far `update_bias` moves.
         z_weight: weight of `z_loss`; 0 leaves it out.
         temperature: the router reads `state / temperature`.
+        function: "softmax" over the depths, or "sigmoid" of each.
+        gating: "weighted", or "additive": the weight is 1.
+        router: "linear", or "mlp": `W2 gelu(W1 x)` with twice the width inside.
     """
 
     kind: ClassVar[str | None] = "route.token"
@@ -243,10 +274,14 @@ class TokenChoice(Component):
     bias_step: float = 0.001
     z_weight: float = 0.0
     temperature: float = 1.0
+    function: Literal["softmax", "sigmoid"] = "softmax"
+    gating: Literal["weighted", "additive"] = "weighted"
+    router: Literal["linear", "mlp"] = "linear"
 
     def __post_init__(self) -> None:
         """Check the range."""
         super().__post_init__()
+        self.require(self.alpha > 0, "alpha", "must be above 0")
         self.require(self.temperature > 0, "temperature", "must be above 0")
 
     def build(self, width: int, num_iterations: int) -> TokenRouter:
@@ -298,14 +333,17 @@ class DepthChoice:
 
 
 class TokenRouter(nn.Module):
-    """See `TokenChoice`; parameter `router.weight` `[R, D]`, buffer `router_bias` `[R]` for loss-free balancing."""
+    """See `TokenChoice`; parameter `router.weight` `[R, D]`, buffer `router_bias` `[R]` for loss-free balancing.
+
+    The parameters of a router "mlp" are `router.{0,2}.weight`.
+    """
 
     router_bias: torch.Tensor
 
     def __init__(self, config: TokenChoice, width: int, num_iterations: int) -> None:
         super().__init__()
-        self.config = config
-        self.router = nn.Linear(width, num_iterations, bias=False)
+        self.config, self.num_iterations = config, num_iterations
+        self.router = _router(config.router, width, num_iterations)
         if config.balancing == "loss_free":
             self.register_buffer("router_bias", torch.zeros(num_iterations))
 
@@ -320,7 +358,8 @@ class TokenRouter(nn.Module):
             The choice. A bias moves the choice and not the weight.
         """
         logits_BTR = self.router(state_BTD / self.config.temperature)
-        weighted_BTR = self.config.alpha * logits_BTR.softmax(-1)
+        chances_BTR = logits_BTR.sigmoid() if self.config.function == "sigmoid" else logits_BTR.softmax(-1)
+        weighted_BTR = self.config.alpha * chances_BTR
         ranked_BTR = weighted_BTR.detach()
         if self.config.balancing == "loss_free":
             ranked_BTR = ranked_BTR + self.router_bias
@@ -328,6 +367,8 @@ class TokenRouter(nn.Module):
         if mask_BT is None:
             mask_BT = torch.ones_like(depth_BT, dtype=torch.bool)
         weights_BT = weighted_BTR.gather(-1, depth_BT[..., None]).squeeze(-1)
+        if self.config.gating == "additive":
+            weights_BT = torch.ones_like(weights_BT)
         return DepthChoice(depth_BT=depth_BT, weights_BT=weights_BT, logits_BTR=logits_BTR, mask_BT=mask_BT)
 
     @torch.no_grad()
@@ -358,3 +399,10 @@ def balance_loss(choice: DepthChoice) -> torch.Tensor:
 def z_loss(choice: DepthChoice) -> torch.Tensor:
     """Mean of `logsumexp(scores)^2` over tokens: keeps router scores small; a scalar, unweighted (2202.08906)."""
     return choice.logits_BTR.logsumexp(-1)[choice.mask_BT].square().mean()
+
+
+def _router(kind: str, width: int, num_scores: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(width, num_scores, bias=False)
+    inner = nn.Linear(width, 2 * width, bias=False)
+    return nn.Sequential(inner, nn.GELU(), nn.Linear(2 * width, num_scores, bias=False))

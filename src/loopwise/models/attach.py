@@ -115,14 +115,10 @@ def set_loops(model: nn.Module, loops: int | Mapping[str, int] | None = None, **
 
 @contextmanager
 def use_loops(model: nn.Module, loops: int | Mapping[str, int] | None = None, **named: int) -> Iterator[nn.Module]:
-    """Change iteration counts within a `with` block, for calls such as `generate` that pass no further arguments on."""
+    """Change iteration counts within a `with` block, for the calls of the present thread."""
     looping = _looping(model)
-    plan = looping.plan
-    set_loops(model, loops, **named)
-    try:
+    with looping.scoped(looping.plan.with_loops(*(() if loops is None else (loops,)), **named)):
         yield model
-    finally:
-        looping.plan = plan
 
 
 def set_cache(model: nn.Module, policy: str, on_deeper: str = "refuse") -> nn.Module:

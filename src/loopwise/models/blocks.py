@@ -38,6 +38,15 @@ PLACEMENTS = {
 }
 _NORMS_THE_BRANCH = ("branch", "branch_out")
 
+# What the axes of a block's arguments count, for visits by a part of the rows and tokens (see `slicing`).
+BLOCK_AXES: dict[tuple[Any, ...], tuple[str | None, ...]] = {
+    ("attention_mask",): ("rows", None, "tokens", "tokens"),
+    ("position_ids",): ("rows", "tokens"),
+    ("position_embeddings", 0): ("rows", "tokens", None),
+    ("position_embeddings", 1): ("rows", "tokens", None),
+    ("value_embeddings",): ("rows", "tokens", None),
+}
+
 Modulation = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -55,6 +64,7 @@ class AdaLNConfig:
     conditioning_size: int | None = None
 
     def __post_init__(self) -> None:
+        fields.check_types(self)
         fields.check_counts(self, "conditioning_size")
 
     def build(self, size: int) -> AdaLN:
@@ -112,27 +122,28 @@ class BlockConfig:
 
 
 class AdaLN(nn.Module):
-    """Parameters: `proj` `[4 D, C]` with bias; rows are the gates of mixer and MLP, then their scales.
+    """Parameters: `weight` `[4 D, C]` and `bias` `[4 D]`; rows are the gates of mixer and MLP, then their scales.
 
-    Zero at the start, so that the block starts as the identity. (LoopFormer's own code overwrites that by its general
-    initialisation; we follow the paper.)
+    Zero at the start, so that the block starts as the identity. LoopFormer's code means that too, but its general
+    initialisation of linear layers comes after it; hence parameters here and no linear layer.
     """
 
     def __init__(self, config: AdaLNConfig, size: int):
         super().__init__()
-        self.proj = nn.Linear(config.conditioning_size or size, 4 * size)
-        self.reset_parameters()
+        self.weight = nn.Parameter(torch.zeros(4 * size, config.conditioning_size or size))
+        self.bias = nn.Parameter(torch.zeros(4 * size))
 
     def reset_parameters(self) -> None:
         """Weight and bias zero."""
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, conditioning: torch.Tensor) -> tuple[Modulation, Modulation]:
         """(scale, gate) of the mixer and of the MLP from `[B, C]` or `[B, T, C]`, each `[B, 1 or T, D]`."""
         if conditioning.ndim == 2:
             conditioning = conditioning[:, None]
-        gate_mixer, gate_mlp, scale_mixer, scale_mlp = self.proj(F.silu(conditioning)).chunk(4, dim=-1)
+        rows = F.linear(F.silu(conditioning), self.weight, self.bias)
+        gate_mixer, gate_mlp, scale_mixer, scale_mlp = rows.chunk(4, dim=-1)
         return (scale_mixer, gate_mixer), (scale_mlp, gate_mlp)
 
 

@@ -19,6 +19,7 @@ MODULES = (
     "io.atomic",
     "loop.execute",
     "cache.policy",
+    "cache.selected",
     "cache.depth",
     "models.hub",
     "models.rerun",

@@ -13,46 +13,60 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from loopwise.cache.policy import CachePolicy
 from loopwise.loop import config as components
+from loopwise.loop.config import Component
+from loopwise.loop.halting import Gate
 from loopwise.loop.passes import LoopModule, Passes
+from loopwise.loop.route import ExpertChoice
+from loopwise.loop.streams import FirstValues
 from loopwise.models.attention import attention_mask as mask_for
-from loopwise.models.blocks import BlockConfig
-from loopwise.models.hub import new_cache
+from loopwise.models.blocks import BLOCK_AXES, BlockConfig
+from loopwise.models.hub import BaseModelOutputWithPast, CausalLMOutputWithPast, align, new_cache
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.norms import NormConfig
 from loopwise.models.playing import Looping, Returns, hook_owner
 from loopwise.models.rotary import rotary_tables
+from loopwise.models.value_embeddings import ValueEmbeddings
+from loopwise.plan.nodes import Loop
 from loopwise.plan.plans import Plan
 
 SHARED_NORM = "norm"
-_LOOP_FIELDS = ("state", "update", "entry", "turn", "exit", "exit_projection", "gate", "stream", "reads")
+_LOOP_FIELDS = ("state", "update", "entry", "turn", "exit", "exit_projection", "gate", "stream", "reads", "grad")
+_LOOP_FIELDS += ("signal", "conditioner", "halting", "on_exit", "route", "follows")
 
 
 class LoopwiseDecoderConfig(PreTrainedConfig):
     """A decoder as data.
 
     Attributes:
-        vocab_size: V.
+        vocab_size: V; 0 for a model that is called with inputs_embeds only.
         hidden_size: D.
         num_hidden_layers: number of physical layers.
         blocks: a `BlockConfig` dictionary per layer, or one for all.
         plan: plan text.
-        loops: per named loop a dictionary with any of `state`, `update` (loop components), `entry`, `turn`, `exit` (a
-            norm's dictionary, or "norm" for the final norm itself), `exit_projection` (bool), `gate` (bool: an exit
-            gate reads the state after every iteration), `stream` (name) and `reads` (names of streams).
-        streams: first values of named streams: "input" (the embeddings) or "learned" (a vector `[D]`, a parameter).
+        loops: per named loop a dictionary with any of `state`, `update`, `signal`, `conditioner` (loop
+            components), `entry`, `turn`, `exit` (a norm's dictionary, or "norm" for the final norm itself),
+            `exit_projection` (a linear map in the place of `exit`: true, or "bias" for one with a bias), `gate`
+            (true, or the first value of its bias: an exit gate reads the state after every iteration), `halting` (a
+            rule that the gate drives), `on_exit` ("skip" or "select", see `loopwise.loop.exits`), `stream` (name),
+            `reads` (names of streams) and `grad` (how many last iterations carry a gradient, see `GradientWindow`). Or
+            else one of `route` (routers that choose the tokens of every iteration, see `loopwise.loop.routing`) and
+            `follows` (name of the loop whose routers it goes on with), alone.
+        streams: first values of named streams: "input" (the embeddings), "learned" (a vector `[D]`, a parameter) or
+            "fixed" (the same as a buffer: it is not trained).
         norm: the final norm; None has none.
         norm_last: whether the final norm is applied before the head (Ouro applies it inside the loop only).
         embedding_scale: factor on the embeddings.
+        embedding_dropout: probability on the embeddings in training.
         num_positions: size of a learned position table, or None.
+        value_embeddings: layer number (as text) -> width of its table of value embeddings; None has none.
         max_position_embeddings: longest context, for information.
         cache: cache policy, see `loopwise.attach`.
     """
@@ -69,7 +83,9 @@ class LoopwiseDecoderConfig(PreTrainedConfig):
     norm: dict | None = None
     norm_last: bool = True
     embedding_scale: float = 1.0
+    embedding_dropout: float = 0.0
     num_positions: int | None = None
+    value_embeddings: dict | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -101,13 +117,41 @@ class LoopwiseOutput(CausalLMOutputWithPast):
 
     Attributes:
         loop_states: states after every iteration of the collected loop, R tensors `[B, T, D]`, on request.
-        loop_logits: what the head makes of each, R tensors `[B, T, V]`, on request.
-        gates: exit gate of every iteration in (0, 1), `[B, T, R]`, on request where the loop has a gate.
+        loop_logits: what the head makes of each, R tensors `[B, T, V]`, on request where nothing comes after the loop.
+        gates: exit gate of every iteration in (0, 1), `[B, T, R]`, on request where the loop has a gate. Not a number
+            where a token was not visited.
+        gate_logits: its logits, `[B, T, R]`.
+        exits: 0-based iteration after which each token left, int64 `[B, T]`, where the loop has a gate.
+        ponder: ponder cost of each token `[B, T]`, for adaptive computation time.
+        routes: what the routers chose, on request: a `Selection` for every iteration with expert choice, a
+            `DepthChoice` for token choice (`loopwise.loop.route`).
     """
 
     loop_states: tuple[torch.Tensor, ...] | None = None
     loop_logits: tuple[torch.Tensor, ...] | None = None
     gates: torch.Tensor | None = None
+    gate_logits: torch.Tensor | None = None
+    exits: torch.Tensor | None = None
+    ponder: torch.Tensor | None = None
+    routes: tuple | None = None
+
+
+@dataclass
+class LoopwiseModelOutput(BaseModelOutputWithPast):
+    """Output of the decoder without its head; fields as in `LoopwiseOutput`.
+
+    Attributes:
+        route_loss: what training adds to the loss for the routers, a scalar; None where there are none.
+    """
+
+    by_token: ClassVar[tuple[str, ...]] = ("loop_states", "gate_logits", "exits", "ponder")
+
+    loop_states: tuple[torch.Tensor, ...] | None = None
+    gate_logits: torch.Tensor | None = None
+    exits: torch.Tensor | None = None
+    ponder: torch.Tensor | None = None
+    routes: tuple | None = None
+    route_loss: torch.Tensor | None = None
 
 
 class Shared(nn.Module):
@@ -135,6 +179,13 @@ class LoopwisePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what is loaded computes bit for bit what was saved."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        align(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
     def _init_weights(self, module: nn.Module) -> None:
         """Normal matrices, zero biases; modules with a start of their own take it."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -152,16 +203,18 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         super().__init__(config)
         blocks = config.block_configs()
         plan = Plan.parse(config.plan).validate(len(blocks))
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        size = config.vocab_size
+        self.embed_tokens = nn.Embedding(size, config.hidden_size, config.pad_token_id) if size else None
+        self.embed_dropout = nn.Dropout(config.embedding_dropout)
         positions = config.num_positions
         self.embed_positions = nn.Embedding(positions, config.hidden_size) if positions else None
+        self.value_embeddings = ValueEmbeddings(config.value_embeddings or {}, size, blocks)
         self.layers = nn.ModuleList(block.build(config, i) for i, block in enumerate(blocks))
         self.norm = NormConfig(**config.norm).build(config.hidden_size) if config.norm is not None else nn.Identity()
         self.loops = nn.ModuleDict(
             {name: self._build_loop(name, spec, plan) for name, spec in (config.loops or {}).items()}
         )
-        starts = {name: start for name, start in (config.streams or {}).items() if start == "learned"}
-        self.streams = nn.ParameterDict({name: nn.Parameter(torch.zeros(config.hidden_size)) for name in starts})
+        self.streams = _first_values(config)
         self.passes: Passes | None = None
         self.loopwise = Looping(
             name="layers",
@@ -171,6 +224,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
             returns=(Returns(kind=torch.Tensor),) * len(blocks),
             state_names=(),
         )
+        self.loopwise.axes = [BLOCK_AXES] * len(blocks)
         hook_owner(self, self.loopwise)
         self.post_init()
 
@@ -185,22 +239,46 @@ class LoopwiseModel(LoopwisePreTrainedModel):
                 return None
             return Shared(self.norm) if value == SHARED_NORM else NormConfig(**value).build(width)
 
+        def component(key: str) -> Any:
+            config: Any = components.from_dict(spec[key], axis=key) if spec.get(key) else None
+            return None if config is None else config.build(width)
+
         unknown = sorted(set(spec) - set(_LOOP_FIELDS))
         if unknown:
             raise ValueError(f"loop {name!r} has an unknown component {unknown[0]!r}")
-        exit_norm = nn.Linear(width, width, bias=False) if spec.get("exit_projection") else norm("exit")
+        if spec.get("route") or spec.get("follows"):
+            return self._build_routed(name, spec, plan)
+        projection = spec.get("exit_projection")
+        exit_norm = nn.Linear(width, width, bias=projection == "bias") if projection else norm("exit")
         module = LoopModule(
             state=components.from_dict(spec["state"], axis="state") if spec.get("state") else None,
-            update=components.from_dict(spec["update"], axis="update").build(width) if spec.get("update") else None,
+            update=component("update"),
             entry=norm("entry"),
+            signal=component("signal"),
+            conditioner=component("conditioner"),
             turn=norm("turn"),
             exit=exit_norm,
             stream=spec.get("stream"),
             reads=tuple(spec.get("reads", ())),
+            grad=spec.get("grad"),
+            gate=_gate(name, spec.get("gate"), width),
+            halting=components.from_dict(spec["halting"], axis="halting") if spec.get("halting") else None,
+            on_exit=spec.get("on_exit", "skip"),
         )
-        if spec.get("gate"):
-            module.gate = nn.Linear(width, 1)
         return module
+
+    def _build_routed(self, name: str, spec: Mapping[str, Any], plan: Plan) -> LoopModule:
+        loops = self.config.loops or {}
+        others = sorted(set(spec) - {"route"} if spec.get("route") else set(spec) - {"follows"})
+        if others:
+            raise ValueError(f"loop {name!r} has routers, which go with no other component: leave {others[0]!r} out")
+        if spec.get("follows"):
+            if not loops.get(spec["follows"], {}).get("route"):
+                raise ValueError(f"loop {name!r} follows {spec['follows']!r}, which has no routers of its own")
+            return LoopModule(follows=spec["follows"])
+        members = [name, *(other for other, item in loops.items() if item.get("follows") == name)]
+        route: Any = components.from_dict(spec["route"], axis="route")
+        return LoopModule(route=route.build(self.config.hidden_size, sum(plan.counts[member] for member in members)))
 
     def make_passes(self, plan: Plan, **options: Any) -> Passes:
         """The loop components of one forward, see `Passes`."""
@@ -214,17 +292,24 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> LoopwiseModelOutput:
         """One forward; arguments as in transformers, and `loops`, `loop_options` (see `Passes`).
 
+        Layers with mask "prefix" read token_type_ids, int64 `[B, T]`, 1 for tokens of the prefix.
+
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds.
+            ValueError: neither or both of input_ids and inputs_embeds, tokens that are needed and not given, a position
+                past the learned ones, or a prefix under an unfit cache policy.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None and self.embed_tokens is None:
+            raise ValueError("this model has no vocabulary (vocab_size is 0): pass inputs_embeds")
+        hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[misc]
         hidden_BTD = hidden_BTD * self.config.embedding_scale
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self)
@@ -232,14 +317,26 @@ class LoopwiseModel(LoopwisePreTrainedModel):
             past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) + past)[None]
         if self.embed_positions is not None:
+            if int(position_ids.max()) >= self.config.num_positions:
+                raise ValueError(f"a position is past num_positions={self.config.num_positions} of this model")
             hidden_BTD = hidden_BTD + self.embed_positions(position_ids)
+        hidden_BTD = self.embed_dropout(hidden_BTD)
         if self.passes is not None:
+            self.passes.position_ids = position_ids
+            if self.passes.routing is not None:
+                past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+                self.passes.route_tokens(attention_mask, hidden_BTD.shape[1], past)
             for name, start in (self.config.streams or {}).items():
                 first = hidden_BTD if start == "input" else self.streams[name].expand_as(hidden_BTD)
                 self.passes.streams.setdefault(name, first)
-        arguments = self._arguments(hidden_BTD, attention_mask, position_ids, past_key_values)
+        prefix = self._prefix(token_type_ids, past_key_values)
+        arguments = self._arguments(hidden_BTD, attention_mask, position_ids, past_key_values, prefix)
+        for layer, values_BTE in self.value_embeddings.look_up(input_ids).items():
+            arguments[layer]["value_embeddings"] = values_BTE
         state_BTD = hidden_BTD
+        seen = []  # under a plan, the states of all visits are put in the place of these
         for layer, own in zip(self.layers, arguments, strict=True):
+            seen.append(state_BTD)
             state_BTD = layer(
                 state_BTD,
                 position_ids=position_ids,
@@ -250,12 +347,47 @@ class LoopwiseModel(LoopwisePreTrainedModel):
             )
         if self.config.norm_last:
             state_BTD = self.norm(state_BTD)
-        return BaseModelOutputWithPast(
-            last_hidden_state=state_BTD, past_key_values=past_key_values if use_cache else None
+        return LoopwiseModelOutput(
+            last_hidden_state=state_BTD,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*seen, state_BTD) if self._wants_states(output_hidden_states) else None,
+            **({} if self.passes is None else collected(self.passes)),
         )
 
+    def _wants_states(self, asked: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if asked is None else asked)
+
+    def read_out(self, name: str, state_BTD: torch.Tensor) -> torch.Tensor | None:
+        """What the head would read if a loop ended with this state; None where other layers come after the loop."""
+        plan = self.loopwise.plan
+        last = plan.nodes[-1]
+        if not isinstance(last, Loop) or last.name != name:
+            return None
+        if name in self.loops:
+            state_BTD = cast(LoopModule, self.loops[name]).exit(state_BTD)
+        return self.norm(state_BTD) if self.config.norm_last else state_BTD
+
+    def _prefix(self, types_BT: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
+        """Which tokens are of the prefix, bool `[B, T]`; None where no layer asks."""
+        kinds = {getattr(layer.block_config.mixer, "mask", None) for layer in cast(Any, self.layers)}
+        if types_BT is None or "prefix" not in kinds:
+            return None
+        prefix_BT, policy = types_BT == 1, self.loopwise.policy
+        one_by_one = policy.prefill.is_sequential or policy.on_deeper == "catch_up"
+        if cache is not None and one_by_one and bool(prefix_BT.any()):
+            raise ValueError(
+                f"tokens of a prefix see later ones, which cache policy {policy} (on_deeper {policy.on_deeper!r}) does "
+                "not provide for: use set_cache(model, 'own')"
+            )
+        return prefix_BT
+
     def _arguments(
-        self, hidden_BTD: torch.Tensor, mask_BT: torch.Tensor | None, position_ids_BT: torch.Tensor, cache: Any
+        self,
+        hidden_BTD: torch.Tensor,
+        mask_BT: torch.Tensor | None,
+        position_ids_BT: torch.Tensor,
+        cache: Any,
+        prefix_BT: torch.Tensor | None = None,
     ) -> list[dict[str, Any]]:
         """Mask and rotary tables of every layer; layers of the same kind share theirs."""
         masks: dict[Any, Any] = {}
@@ -268,11 +400,58 @@ class LoopwiseModel(LoopwisePreTrainedModel):
                 continue
             kind = mixer.mask, mixer.sliding_window
             if kind not in masks:
-                masks[kind] = mask_for(mixer, self.config, hidden_BTD, mask_BT, cache, position_ids_BT)
+                prefix = prefix_BT if mixer.mask == "prefix" else None
+                masks[kind] = mask_for(mixer, self.config, hidden_BTD, mask_BT, cache, position_ids_BT, prefix)
             if mixer.rope not in tables:
                 tables[mixer.rope] = rotary_tables(position_ids_BT, mixer.rope)
             arguments.append({"attention_mask": masks[kind], "position_embeddings": tables[mixer.rope]})
         return arguments
+
+
+def _gate(name: str, spec: Any, width: int) -> Gate | None:
+    if spec in (None, False):
+        return None
+    if not isinstance(spec, bool | int | float):
+        raise ValueError(f"loop {name!r} has gate={spec!r}: use true, or the first value of its bias")
+    return Gate(width, bias=0.0 if spec is True else float(spec))
+
+
+def collected_loop(model: LoopwiseModel, output_loops: bool | str) -> str | None:
+    """The name of the loop whose states are asked for: True is the one named core, or else the first.
+
+    Raises:
+        ValueError: the plan has no such loop.
+    """
+    if not output_loops:
+        return None
+    loops = model.loopwise.plan.loops
+    name = output_loops if isinstance(output_loops, str) else ("core" if "core" in loops else next(iter(loops), ""))
+    if name not in loops:
+        raise ValueError(f"output_loops: the plan has no loop {name!r}; named are {', '.join(loops) or 'none'}")
+    return name
+
+
+def collected(passes: Passes) -> dict[str, Any]:
+    """What one forward leaves behind beside its state: fields of `LoopwiseModelOutput`."""
+    found: dict[str, Any] = {"loop_states": tuple(passes.states) or None}
+    if passes.routing is not None:
+        found["routes"], found["route_loss"] = tuple(passes.routing.routes), passes.routing.loss()
+    exits = passes.observed
+    if exits is None or exits.state is None:
+        return found
+    found["gate_logits"] = torch.stack(exits.gate_logits, dim=-1)
+    found["exits"] = exits.state.n_updates_BT - 1
+    found["ponder"] = getattr(exits.state, "ponder_BT", None)
+    return found
+
+
+def _first_values(config: LoopwiseDecoderConfig) -> FirstValues:
+    starts: dict[str, list[str]] = {"input": [], "learned": [], "fixed": []}
+    for name, start in (config.streams or {}).items():
+        if start not in starts:
+            raise ValueError(f"stream {name!r} starts as {start!r}: use one of {', '.join(starts)}")
+        starts[start].append(name)
+    return FirstValues(config.hidden_size, learned=starts["learned"], fixed=starts["fixed"])
 
 
 class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
@@ -293,6 +472,7 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -301,6 +481,9 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
         generator: torch.Generator | None = None,
         schedule: torch.Tensor | None = None,
         output_loops: bool | str = False,
+        halting: Component | Mapping[str, Any] | None = None,
+        on_exit: str | None = None,
+        select: str | None = None,
         **kwargs: Any,
     ) -> LoopwiseOutput:
         """Logits of every token, and on request what every iteration made.
@@ -311,6 +494,8 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
             position_ids: int64 `[B, T]`.
             past_key_values: a transformers cache.
             inputs_embeds: `[B, T, D]` in the place of input_ids.
+            token_type_ids: int64 `[B, T]`, 1 for tokens of a prefix that see each other, for layers with mask "prefix";
+                read in the first call of a cache only.
             labels: int64 `[B, T]`, -100 is ignored; gives the shifted cross-entropy `loss`.
             use_cache: return a cache.
             logits_to_keep: number of last positions, or indices, that get logits; 0 for all.
@@ -318,44 +503,92 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
             initial_state: first state of the loop, broadcastable to `[B, T, D]`.
             generator: source of a random first state; needed where the loop starts at random, unless a state is given.
             schedule: step sizes of the iterations `[R]`, for loops conditioned on time.
-            output_loops: True (the loop named core, or the only one) or a loop's name: also return its states.
+            output_loops: True (the loop named core, or the only one) or a loop's name: also return its states, and
+                what the head and the gate make of them.
+            halting: the rule by which tokens leave loops that have a gate, such as `HazardHalting(threshold=0.5)` or
+                its dictionary; None is that of the configuration.
+            on_exit: "skip" does not visit a token that has left again, "select" runs every iteration and reads each
+                token where it left; None is that of the configuration.
+            select: how loops with expert choice select, "top" (as published: it sees later tokens) or "threshold"
+                (causal); None is that of the configuration. `generate` takes "threshold" unless told otherwise.
             **kwargs: handed to the layers.
 
         Raises:
             ValueError: a wrong loop name or count, a random state without a generator, or misshapen arguments.
         """
-        collect = self._collected(output_loops)
+        collect = collected_loop(self.model, output_loops)
         options = {"initial_state": initial_state, "generator": generator, "schedule": schedule, "collect": collect}
+        rule = components.from_dict(halting, axis="halting") if isinstance(halting, Mapping) else halting
+        options |= {"halting": rule, "on_exit": on_exit, "select": select}
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             use_cache=self.config.use_cache if use_cache is None else use_cache,
             loops=loops,
             loop_options=options,
             **kwargs,
         )
-        states = tuple(self.model.passes.states) if collect and self.model.passes else None
         self.model.passes = None
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and output.route_loss is not None:
+                loss = loss + output.route_loss
         return LoopwiseOutput(
             loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
-            loop_states=states,
+            hidden_states=output.hidden_states,
+            loop_states=output.loop_states,
+            loop_logits=self._loop_logits(collect, output.loop_states, keep),
+            gates=None if output.gate_logits is None else output.gate_logits.sigmoid(),
+            gate_logits=output.gate_logits,
+            exits=output.exits,
+            ponder=output.ponder,
+            routes=output.routes if collect else None,
         )
 
-    def _collected(self, output_loops: bool | str) -> str | None:
-        if not output_loops:
+    @property
+    def causal_options(self) -> dict[str, Any]:
+        """Arguments of a call with which no token sees a later one, where that takes any."""
+        loops = (self.config.loops or {}).values()
+        routes = [components.from_dict(spec["route"], axis="route") for spec in loops if spec.get("route")]
+        return {"select": "threshold"} if any(isinstance(route, ExpertChoice) for route in routes) else {}
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, with `causal_options` for what the caller leaves open."""
+        return self.causal_options | super().prepare_inputs_for_generation(*args, **kwargs)
+
+    def _loop_logits(self, name: str | None, states: Any, keep: Any) -> tuple[torch.Tensor, ...] | None:
+        if name is None:
             return None
-        loops = self.model.loopwise.plan.loops
-        name = output_loops if isinstance(output_loops, str) else ("core" if "core" in loops else next(iter(loops), ""))
-        if name not in loops:
-            raise ValueError(f"output_loops: the plan has no loop {name!r}; named are {', '.join(loops) or 'none'}")
-        return name
+        read = [self.model.read_out(name, state_BTD[:, keep]) for state_BTD in states]
+        return tuple(self.lm_head(state_BTD) for state_BTD in read) if read[0] is not None else None
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """What `generate` asks for before a forward with a static cache: the mask as it is, `[B, past + T]`.
+
+        Our forward makes the mask of each layer from it; one mask for all would have no windows and no prefix.
+        """
+        return attention_mask
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Generated tokens are of no prefix, whatever the last token of the prompt was."""
+        prompt = model_kwargs.get("token_type_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if prompt is not None:
+            added = model_kwargs["token_type_ids"].shape[-1] - prompt.shape[-1]
+            model_kwargs["token_type_ids"] = torch.cat([prompt, prompt.new_zeros(*prompt.shape[:-1], added)], dim=-1)
+        return model_kwargs
+

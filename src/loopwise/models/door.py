@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from loopwise.models.attach import attach
+from loopwise.models.hub import align
 from loopwise.models.wrapper import LoopwiseConfig
 from loopwise.plan.plans import Plan
 
@@ -59,16 +59,6 @@ def register() -> None:
     """Tell the Auto classes of transformers about type "loopwise"; safe to call again."""
     AutoConfig.register(LoopwiseConfig.model_type, LoopwiseConfig, exist_ok=True)
     AutoModelForCausalLM.register(LoopwiseConfig, LoopedForCausalLM, exist_ok=True)
-
-
-def align(model: torch.nn.Module) -> None:
-    """Move tensors that a file maps to odd addresses.
-
-    Matrix kernels choose their path by alignment, and a loaded model must equal the saved one bit for bit.
-    """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
-            tensor.data = tensor.data.clone()
 
 
 def refuse_missing(info: dict[str, Any], source: str) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
+_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", dict: "a dict"}
+_NAMES |= {types.NoneType: "None"}
 
 
 def refuse(config: Any, field: str, fix: str) -> NoReturn:
@@ -29,13 +32,10 @@ def check_choice(config: Any, field: str, options: Collection[str]) -> None:
 
 
 def check_counts(config: Any, *fields: str) -> None:
-    """Raise `ValueError` unless every field is a whole number of at least 1; None passes where it is the default."""
-    optional = {item.name for item in dataclasses.fields(config) if item.default is None}
+    """Raise `ValueError` unless every field is at least 1; None passes where the type allows it (`check_types`)."""
     for field in fields:
         value = getattr(config, field)
-        if value is None and field in optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if value is not None and value < 1:
             refuse(config, field, "use a whole number of at least 1")
 
 
@@ -47,11 +47,10 @@ def check_probability(config: Any, *fields: str) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Raise `ValueError` when a field that takes component configs holds something else, such as a plain dict."""
-    for field, choices in _component_fields(type(config)).items():
-        value = getattr(config, field)
-        if value is not None and not isinstance(value, choices):
-            refuse(config, field, f"use {' or '.join(choice.__name__ for choice in choices)}")
+    """Raise `ValueError` for the first field whose value is not of its declared type; numbers must be finite."""
+    for field, choices in _choices(type(config)).items():
+        if not any(_fits(getattr(config, field), choice) for choice in choices):
+            refuse(config, field, f"use {' or '.join(_NAMES.get(choice, choice.__name__) for choice in choices)}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def _pick(cls: type, field: str, choices: tuple[type, ...], data: Any) -> type:
         return choices[0]
     kinds = {getattr(choice, "kind", choice.__name__): choice for choice in choices}
     kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         options = f"one of {', '.join(kinds)}{_nearest(str(kind), kinds)}"
         raise ValueError(f"{cls.__name__}.{field} has kind {kind!r}: use {options}")
     return kinds[kind]
@@ -101,13 +100,28 @@ def _pick(cls: type, field: str, choices: tuple[type, ...], data: Any) -> type:
 
 def _component_fields(cls: type) -> dict[str, tuple[type, ...]]:
     """For every field that takes component configs, their classes."""
-    found = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    found = {
+        name: tuple(choice for choice in choices if dataclasses.is_dataclass(choice))
+        for name, choices in _choices(cls).items()
+    }
+    return {name: choices for name, choices in found.items() if choices}
+
+
+def _choices(cls: type) -> dict[str, tuple[type, ...]]:
+    """For every field, the types that its values may have."""
+    hints, found = typing.get_type_hints(cls), {}
+    for item in dataclasses.fields(cls):
+        hint = hints[item.name]
         parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        choices = tuple(part for part in parts if dataclasses.is_dataclass(part))
-        if choices:
-            found[name] = choices
+        found[item.name] = tuple(typing.get_origin(part) or part for part in parts)
     return found
+
+
+def _fits(value: Any, choice: type) -> bool:
+    if choice in (int, float):
+        number = isinstance(value, int if choice is int else (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    return isinstance(value, choice)
 
 
 def _is_required(item: dataclasses.Field) -> bool:

@@ -21,6 +21,11 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,  # noqa: F401 - for the modules of ours that may not reach in
+    CausalLMOutputWithPast,  # noqa: F401 - for the modules of ours that may not reach in
+)
+from transformers.utils.generic import ModelOutput  # noqa: F401 - for the modules of ours that may not reach in
 
 try:
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -117,7 +122,9 @@ def place_output_hooks(owner: nn.Module, kwargs: dict[str, Any]) -> None:
     transformers places them once, inside the first forward that asks; by then the list shows recorders.
     """
     names = getattr(owner, "_can_record_outputs", None)
-    if not names or maybe_install_capturing_hooks is None or owner.__dict__.get("_output_capturing_hooks_installed"):
+    if not names or maybe_install_capturing_hooks is None or not isinstance(owner, PreTrainedModel):
+        return
+    if owner.__dict__.get("_output_capturing_hooks_installed"):
         return
     keys = {"output_attentions", *(f"output_{name}" for name in names)}
     if any(kwargs.get(key, getattr(owner.config, key, False)) for key in keys):
@@ -215,6 +222,16 @@ def build_model(like: PreTrainedModel, config: Any) -> PreTrainedModel:
     if getattr(like, "generation_config", None) is not None:
         twin.generation_config = copy.deepcopy(like.generation_config)
     return twin
+
+
+def align(model: nn.Module) -> None:
+    """Move tensors that a file maps to odd addresses.
+
+    Matrix kernels choose their path by alignment, and a loaded model must equal the saved one bit for bit.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loopwise.models.fields import check_choice, check_counts, check_probability
+from loopwise.models.fields import check_choice, check_counts, check_probability, check_types
 
 
 def relu2(hidden: torch.Tensor) -> torch.Tensor:
@@ -57,6 +57,7 @@ class MLPConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, "intermediate_size")
         check_choice(self, "activation", ACTIVATIONS)
         check_probability(self, "dropout")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loopwise.models.fields import check_choice, refuse
+from loopwise.models.fields import check_choice, check_types, refuse
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
@@ -37,6 +37,7 @@ class NormConfig:
     weight_in_float32: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_choice(self, "type", ("rms", "layer"))
         if self.eps is not None and not self.eps >= 0:
             refuse(self, "eps", "use a number of at least 0, or None for the float32 epsilon")

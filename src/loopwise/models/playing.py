@@ -37,6 +37,7 @@ class Passes(Protocol):
     """
 
     arguments: dict[str, torch.Tensor]
+    may_skip: bool
 
     def begin(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor: ...
 
@@ -134,7 +135,10 @@ class Frame:
         self.cache = find_cache(value for args, kwargs in self.calls for value in (*args, *kwargs.values()))
         if self.cache is not None:
             self.depth = self.looping.depth_of(self.cache)
-            self.depth.begin(self.cache, slots, decoding=self.hidden.shape[1] == 1)
+            num_tokens, routed = self.hidden.shape[1], getattr(self.passes, "routed", ())
+            self.depth.begin(self.cache, slots, decoding=num_tokens == 1, routed=routed, num_tokens=num_tokens)
+            if self.passes is not None and getattr(self.passes, "skips", False):
+                self.passes.may_skip = self.depth.lets_leave(num_tokens)
         if self.states is not None:
             self.states.append(self.hidden)
         hooks = [*getattr(self.passes, "hooks", ()), *self.looping.hooks]
@@ -147,15 +151,17 @@ class Frame:
         """Run one real layer on (a part of) the state with its recorded arguments."""
         index = visit.slot.layer
         args, kwargs = self.calls[index]
+        selected: dict[str, Any] = {}
+        if self.depth is not None and (visit.is_partial or self.depth.sharing.kind == "selected"):
+            kwargs = dict(kwargs)
+            mask = kwargs.pop("attention_mask", None)
+            selected = {"attention_mask": self.depth.select(self.cache, visit, mask, self.hidden)}
         if visit.is_partial:
-            if self.cache is not None:
-                raise ValueError(
-                    "visits on a part of the rows or tokens are not available with a cache: use use_cache=False"
-                )
             args, kwargs = slice_call(self.looping.axes[index], self.hidden, visit, args, kwargs)
+        kwargs = kwargs | selected
         if self.passes is not None:
             part_btD = self.passes.begin(visit, part_btD, *self.hidden.shape[:2])
-        view = None if self.depth is None else self.depth.view(self.cache, visit.slot)
+        view = None if self.depth is None else self.depth.view(self.cache, visit.slot, visit.rows)
         played = [self._argument(value, index, view) for value in args]
         named = {name: self._argument(value, index, view) for name, value in kwargs.items()}
         if played:
@@ -245,6 +251,7 @@ class Looping:
         state_names: tuple,
     ):
         self.name = name
+        self._calls = threading.local()
         self.plan = plan
         self.policy = policy
         self.indices = indices
@@ -252,19 +259,42 @@ class Looping:
         self.state_names = state_names
         self.hooks: list[Hook] = []
         self.axes: Axes = []
-        self._calls = threading.local()
         self.frame: Frame | None = None
         self.recorders = nn.ModuleList(Recorder(self, i) for i in range(len(returns)))
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_calls", "frame")}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_calls", "frame")}
+        return state | {"_plan": self.plan}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, frame=None, _lock=threading.RLock(), _calls=threading.local())
 
     @property
+    def plan(self) -> Plan:
+        """The plan: within `scoped`, that of the present thread."""
+        return getattr(self._calls, "plan", None) or self._plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        if getattr(self._calls, "plan", None) is None:
+            self._plan = plan
+        else:
+            self._calls.plan = plan
+
+    @contextmanager
+    def scoped(self, plan: Plan) -> Iterator[None]:
+        """Another plan for the calls of this thread."""
+        outer = getattr(self._calls, "plan", None)
+        self._calls.plan = plan
+        try:
+            yield
+        finally:
+            self._calls.plan = outer
+
+    @property
     def loops(self) -> int | Mapping[str, int] | None:
+        """Iteration counts of the running call of this thread only."""
         return getattr(self._calls, "loops", None)
 
     @loops.setter
@@ -277,18 +307,20 @@ class Looping:
         try:
             if self.frame is not None:  # a call of this thread that KeyboardInterrupt ended before the layers ran
                 self.leave()
-            loops, options = kwargs.pop("loops", None), kwargs.pop("loop_options", {})
+            loops = kwargs.pop("loops", None)
             loops = self.loops if loops is None else loops
             plan = self.plan if loops is None else self.plan.with_loops(loops)
-            configured, self.plan, self.loops = (self.plan, self.loops), plan, None
+            loops, self.loops = self.loops, None
             try:
-                rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
+                with self.scoped(plan):
+                    rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
             finally:
-                self.plan, self.loops = configured
+                self.loops = loops
             collect = kwargs.get("output_hidden_states") or getattr(
                 getattr(owner, "config", None), "output_hidden_states", False
             )
             place_output_hooks(owner, kwargs)
+            options = kwargs.pop("loop_options", {})  # calls that had to come first were given them too
             make_passes = getattr(owner, "make_passes", None)
             passes = None if make_passes is None else make_passes(plan, **options)
             self.frame = Frame(self, plan, owner, rerun=rerun, passes=passes, collect_states=bool(collect))
@@ -352,8 +384,9 @@ def _settle(output: Any, frame: Frame) -> Any:
 
 
 def _is_collected_by_forward(states: Any, frame: Frame) -> bool:
-    """True for hidden states that the model's forward collected itself: before (most) or after (Mamba) every layer,
-    then the last one. What hooks on the layers collected is right as it is.
+    """True for hidden states that the model's forward collected itself.
+
+    It does so before (most) or after (Mamba) every layer, and then the last one. What hooks collected is right as is.
     """
     if len(states) != len(frame.layers) + 1 or not all(item is frame.hidden for item in states[:-2]):
         return False

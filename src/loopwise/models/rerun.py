@@ -35,7 +35,15 @@ class Rerun:
             joined = (torch.cat([part[0] for part in [*self.outputs, output]], dim=1), *output[1:])
         else:
             joined: Any = output
+            for key in ("attentions", "cross_attentions", "router_logits"):
+                if output.get(key) is not None:
+                    raise ValueError(
+                        f"output {key} is not available under a cache policy that goes token by token: use own"
+                    )
             joined["last_hidden_state"] = torch.cat([part.last_hidden_state for part in [*self.outputs, output]], dim=1)
+            for key in getattr(output, "by_token", ()):
+                if output.get(key) is not None:
+                    joined[key] = _join([part[key] for part in [*self.outputs, output]])
             if output.get("hidden_states") is not None:
                 parts = zip(*[part.hidden_states for part in [*self.outputs, output]], strict=True)
                 joined["hidden_states"] = tuple(torch.cat(states, dim=1) for states in parts)
@@ -61,7 +69,12 @@ def plan_rerun(
         _catch_up(owner, cache, named)
     sharing = policy.prefill if depth is None or depth.complete is None else depth.sharing
     keep_cache = True
-    if sharing.kind != "own" and cache is None:
+    if sharing.is_shared and any(m.training and getattr(m, "gradient_checkpointing", False) for m in owner.modules()):
+        raise ValueError(
+            "gradient checkpointing keeps layers from their cache, which policies last, first and ring need: train "
+            "with policy own, or without checkpointing"
+        )
+    if sharing.is_shared and cache is None:
         cache_name = next(
             (name for name in ("past_key_values", "cache_params") if name in _parameters(type(owner))), None
         )
@@ -77,6 +90,13 @@ def plan_rerun(
         outputs = [owner(**_slice_tokens(named, t, num_tokens, past)) for t in range(num_tokens - 1)]
         named = _slice_tokens(named, num_tokens - 1, num_tokens, past)
     return Rerun(outputs=outputs, keep_cache=keep_cache), (), named
+
+
+def _join(parts: list) -> Any:
+    """Tensors `[B, 1, ...]`, or tuples of them, joined along the token axis."""
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts, dim=1)
+    return tuple(torch.cat(items, dim=1) for items in zip(*parts, strict=True))
 
 
 def remember_inputs(owner: nn.Module, cache: Any, args: tuple, kwargs: dict) -> None:
@@ -123,6 +143,8 @@ def _slice_tokens(named: dict, t: int, num_tokens: int, past: int) -> dict:
     """The arguments of a call for token `t` alone."""
     part = dict(named)
     for key, value in named.items():
+        if key == "loop_options":
+            part[key] = {name: _of_token(option, t, num_tokens) for name, option in value.items()}
         if not isinstance(value, torch.Tensor):
             continue
         if key == "attention_mask":
@@ -134,6 +156,13 @@ def _slice_tokens(named: dict, t: int, num_tokens: int, past: int) -> dict:
         elif value.ndim and value.shape[-1] == num_tokens:
             part[key] = value[..., t : t + 1]
     return part
+
+
+def _of_token(option: Any, t: int, num_tokens: int) -> Any:
+    """A loop option such as a first state `[B, T, D]` or `[T, D]`, for token `t` alone."""
+    if isinstance(option, torch.Tensor) and option.ndim > 1 and option.shape[-2] == num_tokens:
+        return option[..., t : t + 1, :]
+    return option
 
 
 def _past(named: dict, num_tokens: int) -> int:

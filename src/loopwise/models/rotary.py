@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import ROPE_INIT_FUNCTIONS, PreTrainedConfig
 
-from loopwise.models.fields import check_choice, check_counts, refuse
+from loopwise.models.fields import check_choice, check_counts, check_types, refuse
 
 # Their frequencies depend on the length of the text, so keys in a cache would be wrong as the text grows.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -40,6 +40,7 @@ class RotaryConfig:
     scaling: dict[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_counts(self, "dim")
         check_choice(self, "style", ("half", "interleaved"))
         if self.dim % 2:
@@ -48,7 +49,13 @@ class RotaryConfig:
             refuse(self, "theta", "use a base above 0")
         if self.scaling is not None:
             _check_scaling(self, self.scaling)
-            _frequencies(self, torch.device("cpu"))
+            try:
+                with torch.device("cpu"):  # configurations are also read while models are made on the meta device
+                    frequencies, _ = _frequencies(self, torch.device("cpu"))
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                refuse(self, "scaling", f"the formula of its type does not take these values ({error})")
+            if not frequencies.isfinite().all():
+                refuse(self, "scaling", "its frequencies are not finite; use other values")
 
 
 def rotary_tables(position_ids_BT: torch.Tensor, config: RotaryConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,15 +117,13 @@ def _frequencies(config: RotaryConfig, device: torch.device) -> tuple[torch.Tens
     if config.scaling is None or _scaling_type(config.scaling) == "default":
         exponents = torch.arange(0, config.dim, 2, device=device, dtype=torch.float32) / config.dim
         return 1.0 / config.theta**exponents, 1.0
-    like = PreTrainedConfig()
     # Enough of a model's configuration for the library's formulas; they complete the dict, so they get a copy.
-    like.hidden_size, like.num_attention_heads, like.head_dim = config.dim, 1, config.dim  # type: ignore[attr-defined]
-    like.rope_parameters = {  # type: ignore[attr-defined]
-        **config.scaling,
-        "rope_type": _scaling_type(config.scaling),
-        "rope_theta": config.theta,
-    }
-    return ROPE_INIT_FUNCTIONS[_scaling_type(config.scaling)](like, device)
+    like: Any = PreTrainedConfig()
+    like.hidden_size, like.num_attention_heads, like.head_dim = config.dim, 1, config.dim
+    like.max_position_embeddings = config.scaling.get("original_max_position_embeddings")
+    kind = _scaling_type(config.scaling)
+    like.rope_parameters = {**config.scaling, "rope_type": kind, "rope_theta": config.theta}
+    return ROPE_INIT_FUNCTIONS[kind](like, device)
 
 
 def _check_scaling(config: RotaryConfig, scaling: dict[str, Any]) -> None:
