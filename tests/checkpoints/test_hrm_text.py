@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
 from loopwise.checkpoints.hrm_text import HRM_TEXT
 from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
 from loopwise.models.attach import plan_of, set_cache, set_loops
 from loopwise.models.decoder import LoopwiseForCausalLM
-from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 
 GOLDEN = GOLDENS / "hrm_text"
 ATOL = 1e-5
@@ -249,6 +249,20 @@ def test_a_prefix_is_refused_where_tokens_go_one_by_one(policy: str, on_deeper: 
         model(**prompt("prefix"), use_cache=True)
     with torch.no_grad():
         model(**prompt("plain"), use_cache=True)
+
+
+def test_a_prefix_comes_in_one_call(model: LoopwiseForCausalLM) -> None:
+    given = prompt("whole_prompt")
+    ids, types = given["input_ids"], given["token_type_ids"]
+    with torch.no_grad():
+        cache = model(ids[:, :6], token_type_ids=types[:, :6], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="first call"):
+            model(ids[:, 6:], token_type_ids=types[:, 6:], past_key_values=cache)
+        model(ids[:, 6:], token_type_ids=0 * types[:, 6:], past_key_values=cache)
+    with pytest.raises(ValueError, match="first call"):
+        model.generate(**given, **GREEDY, prefill_chunk_size=4)
+    chunked = model.generate(**prompt("prefix"), **GREEDY, prefill_chunk_size=6)
+    assert torch.equal(chunked, model.generate(**prompt("prefix"), **GREEDY))
 
 
 def test_wrong_tensors_are_named(folder: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
@@ -270,13 +271,14 @@ def loop_counts(looped: PreTrainedModel, bare: PreTrainedModel, ids_BT: torch.Te
         _in_pieces(bare, ids_BT)
     except Exception as error:  # whatever stops plain transformers
         return f"plain transformers cannot continue from a cache: {type(error).__name__}"
+    name = _cache_name(looped)
     cache = _prefill(looped, ids_BT[:, :-2], loops=2)
     if cache is None:
         return "returns no cache"
-    fewer = looped(ids_BT[:, -2:-1], past_key_values=cache, use_cache=True, loops=1).logits
+    fewer = looped(ids_BT[:, -2:-1], **{name: cache}, use_cache=True, loops=1).logits
     assert torch.isfinite(fewer).all()
     try:
-        looped(ids_BT[:, -1:], past_key_values=cache, use_cache=True, loops=2)
+        looped(ids_BT[:, -1:], **{name: cache}, use_cache=True, loops=2)
     except ValueError as error:
         assert "deeper" in str(error), str(error)
     else:
@@ -284,9 +286,9 @@ def loop_counts(looped: PreTrainedModel, bare: PreTrainedModel, ids_BT: torch.Te
     loopwise.set_cache(looped, "own", on_deeper="catch_up")
     try:
         cache = _prefill(looped, ids_BT[:, :-1], loops=1)
-        got = looped(ids_BT[:, -1:], past_key_values=cache, use_cache=True, loops=2).logits
+        got = looped(ids_BT[:, -1:], **{name: cache}, use_cache=True, loops=2).logits
         reference = _prefill(looped, ids_BT[:, :-1], loops=2)
-        want = looped(ids_BT[:, -1:], past_key_values=reference, use_cache=True, loops=2).logits
+        want = looped(ids_BT[:, -1:], **{name: reference}, use_cache=True, loops=2).logits
     except ValueError as error:
         assert "not available" in str(error), str(error)
         return f"fewer exact, more refused; {error}"
@@ -380,8 +382,8 @@ def _scores(model: PreTrainedModel, ids_BT: torch.Tensor, use_cache: bool) -> to
 def _prefill(model: PreTrainedModel, ids_BT: torch.Tensor, loops: int) -> DynamicCache | None:
     cache = DynamicCache(config=text_config(model))
     with torch.no_grad():
-        output = model(ids_BT, past_key_values=cache, use_cache=True, loops=loops)
-    return cache if getattr(output, "past_key_values", None) is cache else None
+        output = model(ids_BT, **{_cache_name(model): cache}, use_cache=True, loops=loops)
+    return cache if getattr(output, _cache_name(model), None) is cache else None
 
 
 def _in_pieces(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor | None:
@@ -392,16 +394,18 @@ def _in_pieces(model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor | N
         for size in (3, ids_BT.shape[1] - 5, 1, 1):
             piece = ids_BT[:, start : start + size]
             positions = torch.arange(start, start + size)[None]
-            output = model(piece, past_key_values=cache, use_cache=True, **_positions(model, positions))
-            if getattr(output, "past_key_values", None) is not cache:
+            output = model(piece, **{_cache_name(model): cache}, use_cache=True, **_positions(model, positions))
+            if getattr(output, _cache_name(model), None) is not cache:
                 return None
             parts.append(output.logits)
             start += size
     return torch.cat(parts, dim=1)
 
 
-def _positions(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-    import inspect
+def _cache_name(model: PreTrainedModel) -> str:
+    return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
+
+def _positions(model: PreTrainedModel, positions: torch.Tensor) -> dict[str, torch.Tensor]:
     takes = "position_ids" in inspect.signature(model.forward).parameters
     return {"position_ids": positions} if takes else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from itertools import groupby
 
-
 import torch
 
 from loopwise.checkpoints.family import Config, Family, count, require
@@ -26,6 +25,14 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "relu": "relu",
     "silu": "silu",
+}
+# fields that files of some versions leave out
+_DEFAULTS = {
+    "inner_group_num": 1,
+    "num_hidden_groups": 1,
+    "type_vocab_size": 2,
+    "tie_word_embeddings": True,
+    "position_embedding_type": "absolute",
 }
 _POOLER = "albert.pooler.weight"
 _TOKENS = "predictions.dense.weight"
@@ -50,6 +57,7 @@ def _has(names: frozenset[str], name: str) -> bool:
 
 def plan_text(config: Config) -> str:
     """The plan of the layers: one loop per group, named core where there is only one, and group0, group1, ... else."""
+    config = _DEFAULTS | dict(config)
     num_layers, num_groups = count(config, "num_hidden_layers"), count(config, "num_hidden_groups")
     inner = count(config, "inner_group_num")
     if num_groups > num_layers:
@@ -64,8 +72,9 @@ def plan_text(config: Config) -> str:
 
 
 def _build(config: Config, names: frozenset[str]) -> LoopwiseEncoder:
-    require(config, "tie_word_embeddings", True) if "tie_word_embeddings" in config else None
-    require(config, "position_embedding_type", "absolute") if "position_embedding_type" in config else None
+    config = _DEFAULTS | dict(config)
+    require(config, "tie_word_embeddings", True)
+    require(config, "position_embedding_type", "absolute")
     width = count(config, "hidden_size")
     heads = count(config, "num_attention_heads")
     if width % heads:
@@ -133,6 +142,7 @@ def _rules(config: Config, names: frozenset[str]) -> list[Rule]:
     ]
     rules += _both(f"{embeddings}.LayerNorm", "embeddings.norm")
     rules += _both("albert.encoder.embedding_hidden_mapping_in", "embeddings.projection")
+    config = _DEFAULTS | dict(config)
     inner = config["inner_group_num"]
     for group in range(config["num_hidden_groups"]):
         for j in range(inner):

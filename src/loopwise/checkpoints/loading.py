@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from loopwise.checkpoints.albert import ALBERT
 from loopwise.checkpoints.family import Config, Family, read_config, read_tensors, tensor_names
 from loopwise.checkpoints.hrm import HRM, TRM
 from loopwise.checkpoints.hrm_text import HRM_TEXT
@@ -25,7 +26,19 @@ from loopwise.models.decoder import LoopwiseDecoderConfig
 from loopwise.models.playing import looping_of
 from loopwise.plan.plans import Plan
 
-FAMILIES: tuple[Family, ...] = (HUGINN, RETROFIT, HRM, TRM, HRM_TEXT, PARCAE, LOOPFORMER, LOOPED_TRANSFORMER, OURO, MOR)
+FAMILIES: tuple[Family, ...] = (
+    HUGINN,
+    RETROFIT,
+    HRM,
+    TRM,
+    HRM_TEXT,
+    PARCAE,
+    LOOPFORMER,
+    LOOPED_TRANSFORMER,
+    OURO,
+    MOR,
+    ALBERT,
+)
 
 
 def recognise(config: Config, names: frozenset[str]) -> Family | None:

@@ -56,7 +56,8 @@ class _Shape:
         self.kind: str = _value(self.mor, "type", "cfg.mor.", "expert", "token")
         sharings = ("middle_cycle", "cycle") if self.kind == "expert" else ("middle_cycle",)
         self.before = int(_value(recursive, "sharing", "cfg.recursive.", *sharings) == "middle_cycle")
-        self.num_recursions = count(recursive, "num_recursion", least=2)
+        path = "cfg.recursive.num_recursion"
+        self.num_recursions = count({path: recursive.get("num_recursion")}, path, least=2)
         self.depth = (count(self.llama, "num_hidden_layers") - 2 * self.before) // self.num_recursions
         if self.depth < 1:
             layers = self.llama["num_hidden_layers"]
@@ -191,16 +192,20 @@ def _build(config: Config, names: frozenset[str]) -> LoopwiseForCausalLM:
         raise UntiedError("config.json has cfg.recursive.ln_share=False: norms of the recursions must be tied")
     first, last = shape.before, shape.before + shape.depth - 1
     middle = f"core:({_span(first, last)})x{shape.num_recursions}"
-    return _model(shape, shape.depth, middle, {"core": {"route": to_dict(_route(shape))}})
+    return _model(shape, shape.depth, middle, {"core": _routers(shape)})
 
 
 def _build_untied(config: Config, names: frozenset[str]) -> LoopwiseForCausalLM:
     shape = _Shape(config)
     starts = [shape.before + i * shape.depth for i in range(shape.num_recursions)]
     middle = " ".join(f"r{i}:({_span(start, start + shape.depth - 1)})" for i, start in enumerate(starts))
-    loops: dict[str, Any] = {"r0": {"route": to_dict(_route(shape))}}
+    loops: dict[str, Any] = {"r0": _routers(shape)}
     loops |= {f"r{i}": {"follows": "r0"} for i in range(1, shape.num_recursions)}
     return _model(shape, shape.num_recursions * shape.depth, middle, loops)
+
+
+def _routers(shape: _Shape) -> dict[str, Any]:
+    return {"route": to_dict(_route(shape)), "iterations": shape.num_recursions}
 
 
 def _span(first: int, last: int) -> str:

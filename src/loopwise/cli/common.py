@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import loopwise
 
@@ -35,6 +37,8 @@ class Source:
     """number type of the weights; auto keeps what the source says"""
     device: str = "auto"
     """where to run: auto (a GPU when there is one), cpu, cuda, cuda:1, mps"""
+    allow_untied: FlagCreatePairsOff[bool] = False
+    """load a checkpoint whose recursions should share tensors and do not, as separate layers"""
 
 
 def load_model(source: Source, plan: str | Plan | None = None) -> Any:
@@ -48,7 +52,23 @@ def load_model(source: Source, plan: str | Plan | None = None) -> Any:
 
     device = pick_device(source.device)
     dtype = None if source.dtype == "auto" else getattr(torch, source.dtype)
-    return loopwise.load(source.source, plan=plan, dtype=dtype).to(device).eval()
+    with notes():
+        model = loopwise.load(source.source, plan=plan, dtype=dtype, allow_untied=source.allow_untied)
+    return model.to(device).eval()
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """Print warnings of loopwise as notes on standard error."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        if "loopwise" in Path(warning.filename).parts:
+            print(f"note: {warning.message}", file=sys.stderr)
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def pick_device(name: str) -> Any:
@@ -152,6 +172,41 @@ def check_writable(path: Path | None) -> None:
         raise ValueError(f"{path.parent} is not a folder, create it first")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path.parent} cannot be written to")
+
+
+def check_destination(dst: Path) -> None:
+    """ValueError when folder `dst` is taken, or its parent is missing or not writable."""
+    if dst.is_dir():
+        if any(dst.iterdir()):
+            raise ValueError(f"{dst} is not empty, name a new folder")
+    elif dst.exists() or dst.is_symlink():
+        raise ValueError(f"{dst} exists and is not a folder, name a new folder")
+    check_writable(dst.absolute().parent / f"{dst.name}.probe")
+
+
+@contextmanager
+def whole_folder(dst: Path) -> Iterator[Path]:
+    """A neighbouring folder to fill, which becomes `dst` at the end; on an error nothing is left.
+
+    Raises:
+        ValueError: see `check_destination`.
+    """
+    check_destination(dst)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.absolute().parent))
+    try:
+        folder = temporary / "model"
+        folder.mkdir()
+        yield folder
+        if dst.exists():
+            dst.rmdir()
+        folder.rename(dst)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def size_of(folder: Path) -> str:
+    """How much a folder holds, for people."""
+    return amount(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()), "B")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

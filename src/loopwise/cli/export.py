@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +12,7 @@ from tyro.conf import Positional, arg
 import loopwise
 from loopwise.cli import common
 
-Format = Literal["loopwise", "auto_map", "unroll"]
+Format = Literal["loopwise", "auto_map", "unroll", "foreign"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,31 +27,23 @@ class Export(common.Source):
     """loop counts to write into the plan: 4, or core=4"""
     format: Annotated[Format, arg(aliases=["-f"])] = "loopwise"
     """loopwise: shared weights and the plan, loads with loopwise. auto_map: the same with one file of code, loads
-    without loopwise. unroll: a plain model of its own architecture, layers copied, loads in plain transformers"""
+    without loopwise. unroll: a plain model of its own architecture, layers copied, loads in plain transformers.
+    foreign: the checkpoint that the source was imported from, same names and same tensors"""
     tokenizer: bool = True
     """write the tokenizer as well"""
 
     def run(self) -> None:
         """Load, write, and print what was written."""
+        if self.format == "foreign" and (self.plan is not None or self.loops is not None):
+            raise ValueError("--format foreign writes no plan: leave --plan and --loops out")
         plan = common.planned(self.plan, self.loops)
-        check_destination(self.dst)
+        common.check_destination(self.dst)
         model = common.load_model(self, plan)
         if plan is None:
             common.set_own_loops(model, self.loops)
         tokenizer = _tokenizer(self.source) if self.tokenizer else None
         export(model, self.dst, format=self.format, tokenizer=tokenizer)
-        size = sum(path.stat().st_size for path in self.dst.rglob("*") if path.is_file())
-        print(f"wrote {self.dst} ({self.format}, {common.amount(size, 'B')})")
-
-
-def check_destination(dst: Path) -> None:
-    """ValueError when `dst` is taken, or its parent is missing or not writable."""
-    if dst.is_dir():
-        if any(dst.iterdir()):
-            raise ValueError(f"{dst} is not empty, name a new folder")
-    elif dst.exists() or dst.is_symlink():
-        raise ValueError(f"{dst} exists and is not a folder, name a new folder")
-    common.check_writable(dst.absolute().parent / f"{dst.name}.probe")
+        print(f"wrote {self.dst} ({self.format}, {common.size_of(self.dst)})")
 
 
 def export(model: Any, dst: Path | str, *, format: Format = "loopwise", tokenizer: Any = None) -> Path:
@@ -62,28 +52,25 @@ def export(model: Any, dst: Path | str, *, format: Format = "loopwise", tokenize
     Args:
         model: an attached model.
         dst: the folder; new or empty.
-        format: see `loopwise.save`.
+        format: see `loopwise.save`; or "foreign", for a model that was imported.
         tokenizer: a transformers tokenizer to put beside the weights.
 
     Raises:
         ValueError: `dst` is taken, the model has no plan, or it cannot be written in this format.
     """
+    from loopwise.checkpoints.loading import export_checkpoint
+
     dst = Path(dst)
-    check_destination(dst)
-    if loopwise.plan_of(model) is None:
+    common.check_destination(dst)
+    if format != "foreign" and loopwise.plan_of(model) is None:
         raise ValueError("the model has no plan to export: give one with --plan")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{dst.name}-", dir=dst.absolute().parent))
-    try:
-        folder = temporary / "model"
-        folder.mkdir()
-        loopwise.save(model, folder, format=format)
+    with common.whole_folder(dst) as folder:
+        if format == "foreign":
+            export_checkpoint(model, folder)
+        else:
+            loopwise.save(model, folder, format=format)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if dst.exists():
-            dst.rmdir()
-        folder.rename(dst)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return dst
 
 

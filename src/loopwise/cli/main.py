@@ -18,7 +18,9 @@ import loopwise
 from loopwise.cli.architectures import Architectures
 from loopwise.cli.compose import Compose
 from loopwise.cli.export import Export
+from loopwise.cli.families import Families
 from loopwise.cli.generate import Generate
+from loopwise.cli.importing import Import
 from loopwise.cli.inspect import Inspect
 from loopwise.cli.score import Score
 
@@ -31,6 +33,8 @@ Command = (
     | Annotated[Generate, subcommand("generate", description="Continue or answer a prompt, streaming.")]
     | Annotated[Score, subcommand("score", description="Perplexity of a text file under several plans, side by side.")]
     | Annotated[Export, subcommand("export", description="Write a model under a plan as a folder of its own.")]
+    | Annotated[Import, subcommand("import", description="Write a public looped checkpoint as a folder of our own.")]
+    | Annotated[Families, subcommand("families", description="List the public looped models that load, with parity.")]
     | Annotated[Architectures, subcommand("architectures", description="List model types: what runs, what is refused.")]
     | Annotated[Compose, subcommand("compose", description="Print which capabilities run together.")]
 )

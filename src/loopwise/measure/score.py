@@ -81,12 +81,13 @@ def perplexity(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     ids_T = _one_text(input_ids).to(next(model.parameters()).device)
     num_predicted = len(ids_T) - 1
+    options = getattr(model, "causal_options", {})  # a model that may look ahead must not do so here
     nll_T = torch.empty(num_predicted)
     with eval_mode(model):
         for windows in _batches(_windows(num_predicted, window, stride), batch_size):
             feed_BT = torch.stack([ids_T[start:end] for start, end, _ in windows])
             goal_BT = torch.stack([ids_T[start + 1 : end + 1] for start, end, _ in windows])
-            logits_BTV = model(input_ids=feed_BT, use_cache=False).logits
+            logits_BTV = model(input_ids=feed_BT, use_cache=False, **options).logits
             loss_N = F.cross_entropy(logits_BTV.float().flatten(0, 1), goal_BT.flatten(), reduction="none")
             loss_BT = loss_N.view(goal_BT.shape).cpu()
             for (start, end, counted), loss_T in zip(windows, loss_BT, strict=True):

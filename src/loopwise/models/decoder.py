@@ -31,7 +31,7 @@ from loopwise.models.blocks import BLOCK_AXES, BlockConfig
 from loopwise.models.hub import BaseModelOutputWithPast, CausalLMOutputWithPast, align, new_cache
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.norms import NormConfig
-from loopwise.models.playing import Looping, Returns, hook_owner
+from loopwise.models.playing import Looping, Returns, hook_owner, looping_of
 from loopwise.models.rotary import rotary_tables
 from loopwise.models.value_embeddings import ValueEmbeddings
 from loopwise.plan.nodes import Loop
@@ -39,7 +39,7 @@ from loopwise.plan.plans import Plan
 
 SHARED_NORM = "norm"
 _LOOP_FIELDS = ("state", "update", "entry", "turn", "exit", "exit_projection", "gate", "stream", "reads", "grad")
-_LOOP_FIELDS += ("signal", "conditioner", "halting", "on_exit", "route", "follows")
+_LOOP_FIELDS += ("signal", "conditioner", "halting", "on_exit", "route", "follows", "iterations")
 
 
 class LoopwiseDecoderConfig(PreTrainedConfig):
@@ -57,8 +57,9 @@ class LoopwiseDecoderConfig(PreTrainedConfig):
             (true, or the first value of its bias: an exit gate reads the state after every iteration), `halting` (a
             rule that the gate drives), `on_exit` ("skip" or "select", see `loopwise.loop.exits`), `stream` (name),
             `reads` (names of streams) and `grad` (how many last iterations carry a gradient, see `GradientWindow`). Or
-            else one of `route` (routers that choose the tokens of every iteration, see `loopwise.loop.routing`) and
-            `follows` (name of the loop whose routers it goes on with), alone.
+            else `route` (routers that choose the tokens of every iteration, see `loopwise.loop.routing`) with
+            `iterations` (how many there are routers for; as many as in the plan), or `follows` (name of the loop whose
+            routers it goes on with) alone.
         streams: first values of named streams: "input" (the embeddings), "learned" (a vector `[D]`, a parameter) or
             "fixed" (the same as a buffer: it is not trained).
         norm: the final norm; None has none.
@@ -186,6 +187,13 @@ class LoopwisePreTrainedModel(PreTrainedModel):
         align(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; loop counts that were changed are saved."""
+        looping = looping_of(self)
+        if looping is not None:
+            self.config.plan = str(looping.plan)
+        super().save_pretrained(*args, **kwargs)
+
     def _init_weights(self, module: nn.Module) -> None:
         """Normal matrices, zero biases; modules with a start of their own take it."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -269,7 +277,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
 
     def _build_routed(self, name: str, spec: Mapping[str, Any], plan: Plan) -> LoopModule:
         loops = self.config.loops or {}
-        others = sorted(set(spec) - {"route"} if spec.get("route") else set(spec) - {"follows"})
+        others = sorted(set(spec) - ({"route", "iterations"} if spec.get("route") else {"follows"}))
         if others:
             raise ValueError(f"loop {name!r} has routers, which go with no other component: leave {others[0]!r} out")
         if spec.get("follows"):
@@ -278,7 +286,8 @@ class LoopwiseModel(LoopwisePreTrainedModel):
             return LoopModule(follows=spec["follows"])
         members = [name, *(other for other, item in loops.items() if item.get("follows") == name)]
         route: Any = components.from_dict(spec["route"], axis="route")
-        return LoopModule(route=route.build(self.config.hidden_size, sum(plan.counts[member] for member in members)))
+        iterations = spec.get("iterations") or sum(plan.counts[member] for member in members)
+        return LoopModule(route=route.build(self.config.hidden_size, iterations))
 
     def make_passes(self, plan: Plan, **options: Any) -> Passes:
         """The loop components of one forward, see `Passes`."""
@@ -303,7 +312,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
 
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, tokens that are needed and not given, a position
-                past the learned ones, or a prefix under an unfit cache policy.
+                past the learned ones, or a prefix under an unfit cache policy or after cached tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -373,8 +382,14 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         if types_BT is None or "prefix" not in kinds:
             return None
         prefix_BT, policy = types_BT == 1, self.loopwise.policy
-        one_by_one = policy.prefill.is_sequential or policy.on_deeper == "catch_up"
-        if cache is not None and one_by_one and bool(prefix_BT.any()):
+        if cache is None or not bool(prefix_BT.any()):
+            return prefix_BT
+        if int(cache.get_seq_length()) > 0:
+            raise ValueError(
+                "tokens of a prefix see each other, but some come after tokens that are in the cache already: give the "
+                "whole prefix in the first call"
+            )
+        if policy.prefill.is_sequential or policy.on_deeper == "catch_up":
             raise ValueError(
                 f"tokens of a prefix see later ones, which cache policy {policy} (on_deeper {policy.on_deeper!r}) does "
                 "not provide for: use set_cache(model, 'own')"
@@ -495,7 +510,7 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
             past_key_values: a transformers cache.
             inputs_embeds: `[B, T, D]` in the place of input_ids.
             token_type_ids: int64 `[B, T]`, 1 for tokens of a prefix that see each other, for layers with mask "prefix";
-                read in the first call of a cache only.
+                all of them in the first call of a cache.
             labels: int64 `[B, T]`, -100 is ignored; gives the shifted cross-entropy `loss`.
             use_cache: return a cache.
             logits_to_keep: number of last positions, or indices, that get logits; 0 for all.

@@ -87,7 +87,7 @@ class EncoderOutput(ModelOutput):
 
 
 class Embeddings(nn.Module):
-    """Parameters: `tokens` `[V, E]`, `positions` `[N, E]`, `types` (where there are any), `norm`, `projection` `[D, E]`."""
+    """Parameters: `tokens` `[V, E]`, `positions` and `types` (where there are any), `norm`, `projection` `[D, E]`."""
 
     def __init__(self, config: LoopwiseEncoderConfig):
         super().__init__()
@@ -170,7 +170,7 @@ class LoopwiseEncoder(LoopwisePreTrainedModel):
         """The token embedding, which is also the last matrix of the tokens head."""
         return self.embeddings.tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embedding."""
         self.embeddings.tokens = value
 

@@ -18,6 +18,7 @@ from loopwise.cache.policy import CachePolicy
 from loopwise.io.atomic import write_text
 from loopwise.models.attach import attach, detach, plan_of
 from loopwise.models.bundle import bundle
+from loopwise.models.decoder import LoopwisePreTrainedModel
 from loopwise.models.door import refuse_missing
 from loopwise.models.hub import base_model, forget_quantization, refuse_adapters
 from loopwise.models.playing import looping_of
@@ -117,6 +118,8 @@ def save(model: nn.Module, folder: str | Path, *, format: str = "loopwise") -> N
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: name a new folder")
+    if format != "loopwise" and isinstance(base_model(model), LoopwisePreTrainedModel):
+        raise ValueError(f"format {format!r} is for models of transformers, this is one of loopwise: use 'loopwise'")
     target: Any = materialize(model) if format == "unroll" else base_model(model)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
     try:
