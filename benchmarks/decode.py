@@ -164,6 +164,7 @@ def main() -> int:
     options = parser(__doc__.splitlines()[0], "decode")
     options.add_argument("--steps", type=int, default=16, help="tokens decoded per measurement")
     given = options.parse_args()
+    torch.set_num_threads(1)  # one token's matrices are too small to share, and a second thread adds noise
     model = huginn_shaped()
     prompt = torch.randint(CONFIG["vocab_size"], (1, 8), generator=torch.Generator().manual_seed(0))
     print(f"plan {loopwise.plan_of(model)}, r = {', '.join(map(str, LOOPS))}: {given.pairs} rounds", flush=True)

@@ -9,6 +9,7 @@ import torch
 from tests.checkpoints import naive_reasoner
 from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 
+import loopwise
 from loopwise.checkpoints.hrm import HRM, TRM
 from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
 from loopwise.checkpoints.tensors import export_tensors
@@ -147,6 +148,18 @@ def test_saved_model_is_bit_identical(name: str, tmp_path: Path) -> None:
     export_checkpoint(again, tmp_path / "out")
     tensors = golden(name)[1]
     assert all(torch.equal(value, tensors[key]) for key, value in tensors_of(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_one_call_loads_the_checkpoint_and_what_is_saved_of_it(name: str, tmp_path: Path) -> None:
+    model = loopwise.load(GOLDENS / name)
+    assert isinstance(model, LoopwisePuzzleModel) and not model.training
+    set_loops(model, low=4)
+    loopwise.save(model, tmp_path / "ours")
+    again = loopwise.load(tmp_path / "ours")
+    assert isinstance(again, LoopwisePuzzleModel) and plan_of(again) == plan_of(model)
+    given = tensors_of(GOLDENS / name, "inputs").values()
+    assert torch.equal(segments(again, *given, 1)[0].logits, segments(model, *given, 1)[0].logits)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

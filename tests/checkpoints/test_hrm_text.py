@@ -10,6 +10,7 @@ import torch
 from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
+import loopwise
 from loopwise.checkpoints.hrm_text import HRM_TEXT
 from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
 from loopwise.models.attach import plan_of, set_cache, set_loops
@@ -98,6 +99,18 @@ def test_saved_model_is_bit_identical(model: LoopwiseForCausalLM, tmp_path: Path
     with torch.no_grad():
         assert torch.equal(again(**given).logits, model(**given).logits)
     assert not {name for name, _ in again.named_parameters() if "streams" in name}
+
+
+def test_one_call_loads_our_model(folder: Path, tmp_path: Path) -> None:
+    """transformers knows this type too; its class keeps the loop to itself."""
+    model = loopwise.load(folder)
+    assert isinstance(model, LoopwiseForCausalLM) and not model.training
+    set_loops(model, low=1, cycle=3)
+    loopwise.save(model, tmp_path / "ours")
+    again = loopwise.load(tmp_path / "ours")
+    assert plan_of(again) == plan_of(model)
+    with torch.no_grad():
+        assert torch.equal(again(**read("inputs")).logits, model(**read("inputs")).logits)
 
 
 @pytest.mark.parametrize("name", MEMBERS)

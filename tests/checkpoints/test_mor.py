@@ -127,9 +127,7 @@ class Tokens:
 
     def __init__(self, model):
         self.counts = [0] * len(model.model.layers)
-        self.handles = [
-            layer.register_forward_pre_hook(self.counter(i)) for i, layer in enumerate(model.model.layers)
-        ]
+        self.handles = [layer.register_forward_pre_hook(self.counter(i)) for i, layer in enumerate(model.model.layers)]
 
     def counter(self, index):
         def count(_, args):
@@ -506,7 +504,10 @@ def test_what_became_different_is_not_written_as_one(tmp_path):
         ({"model.layers.2.mor_router.router.weight": REMOVED}, r"lacks tensor model\.layers\.2\.mor_router"),
         ({MIDDLE[0]: REMOVED}, rf"lacks tensor {MIDDLE[0]}"),
         ({"model.layers.9.extra": torch.zeros(2)}, r"model\.layers\.9\.extra"),
-        ({"model.layers.4.mlp.down_proj.weight": torch.zeros(32, 75)}, r"layers\.4\.mlp\.down_proj.*\[32, 75\].*\[32, 76\]"),
+        (
+            {"model.layers.4.mlp.down_proj.weight": torch.zeros(32, 75)},
+            r"layers\.4\.mlp\.down_proj.*\[32, 75\].*\[32, 76\]",
+        ),
         ({"lm_head.weight": torch.zeros(63, 32)}, r"lm_head\.weight must be tied to model\.embed_tokens"),
     ],
 )

@@ -15,6 +15,7 @@ import loopwise
 from loopwise.cli.main import main, one_line
 
 Run = Callable[..., tuple[int, str, str]]
+VERBS = ("inspect", "generate", "score", "export", "import", "families", "architectures", "compose")
 
 
 def test_version(run: Run) -> None:
@@ -24,7 +25,7 @@ def test_version(run: Run) -> None:
 def test_help_names_every_verb(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(verb in out for verb in ("inspect", "generate", "score", "export", "architectures", "compose"))
+    assert all(verb in out for verb in VERBS)
 
 
 @pytest.mark.parametrize("arguments", [[], ["inspct"], ["inspect"], ["inspect", "x", "--plaan", "0"]])

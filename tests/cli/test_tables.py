@@ -1,4 +1,4 @@
-"""`loopwise architectures` and `loopwise compose`."""
+"""`loopwise architectures`, `loopwise compose` and `loopwise families`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from loopwise.cli.architectures import architectures
 from loopwise.cli.compose import composition
+from loopwise.cli.families import families
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -64,3 +65,25 @@ def test_compose_prints_them_all(run: Run) -> None:
 
 def test_compose_json(run: Run) -> None:
     assert json.loads(run("compose", "--json")[1]) == composition()
+
+
+def test_family_rows_are_complete() -> None:
+    rows = families()
+    names = [(row["family"], row["checkpoint"]) for row in rows]
+    assert names == sorted(set(names))
+    for row in rows:
+        assert 0 <= row["max_abs_diff"] <= row["atol"] <= 3e-5
+        assert row["cached_equals_uncached"] in (True, None)
+        assert row["plan"] and row["components"] and row["source"]
+
+
+def test_families_json(run: Run) -> None:
+    code, out, _ = run("families", "--json")
+    assert code == 0
+    assert json.loads(out) == families()
+
+
+def test_families_table(run: Run) -> None:
+    code, out, _ = run("families")
+    assert code == 0
+    assert all(row["family"] in out and row["plan"] in out for row in families())

@@ -177,8 +177,8 @@ class DepthCache:
                 return mask if whole else mask[visit.rows]
             if visit.is_partial:
                 raise ValueError(
-                    "visits on a part of the rows or tokens are not available with a cache: use use_cache=False, or cache "
-                    "policy selected for a loop with a router"
+                    "visits on a part of the rows or tokens are not available with a cache: use use_cache=False, or "
+                    "cache policy selected for a loop with a router"
                 )
             return mask
         narrowed = mask

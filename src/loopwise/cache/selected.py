@@ -70,6 +70,7 @@ class SelectedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys = key_states.new_zeros(num_rows, key_states.shape[1], 0, key_states.shape[3])
             self.values = value_states.new_zeros(num_rows, value_states.shape[1], 0, value_states.shape[3])
+        assert self.keys is not None and self.values is not None
         where = rows[:, None], places
         self.keys, self.values = _put(self.keys, key_states, where, size), _put(self.values, value_states, where, size)
         if len(rows) == num_rows:
@@ -81,7 +82,7 @@ class SelectedLayer(DynamicLayer):
         return self.seen
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens of the sequence (older transformers: all after the first so many)."""
+        """Forget the last `-tokens_to_remove` tokens of the sequence; a positive number keeps so many instead."""
         self.seen = min(self.seen, self.seen + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove)
         if self.where_BS is None:
             return
@@ -152,9 +153,7 @@ def selected_mask(
     return torch.where(filled_b1S, seen, torch.finfo(seen.dtype).min)[:, None]
 
 
-def _put(
-    whole: torch.Tensor, part: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor], size: int
-) -> torch.Tensor:
+def _put(whole: torch.Tensor, part: torch.Tensor, where: tuple[torch.Tensor, torch.Tensor], size: int) -> torch.Tensor:
     """`[B, K, size, d]`: what was there, and a part `[b, K, t, d]` in its places."""
     grown = F.pad(whole, (0, 0, 0, size - whole.shape[2]))
     return grown.transpose(1, 2).index_put(where, part.transpose(1, 2).to(whole.dtype)).transpose(1, 2)

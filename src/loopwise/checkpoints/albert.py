@@ -158,13 +158,10 @@ def _rules(config: Config, names: frozenset[str]) -> list[Rule]:
         rules.append(Rule(foreign="predictions.decoder.bias", tied_to="predictions.bias"))
     if _has(names, _ORDER):
         rules += _both("sop_classifier.classifier", "order_head")
-    # a buffer that files of older versions hold
-    rules.append(Rule(foreign=f"{embeddings}.position_ids", derive=lambda: _position_ids(config)))
+    if f"{embeddings}.position_ids" in names:  # a buffer that files of older versions hold
+        size = config["max_position_embeddings"]
+        rules.append(Rule(foreign=f"{embeddings}.position_ids", derive=lambda: torch.arange(size)[None]))
     return rules
-
-
-def _position_ids(config: Config) -> torch.Tensor:
-    return torch.arange(config["max_position_embeddings"])[None].clone()
 
 
 def _matches(config: Config, names: frozenset[str]) -> bool:

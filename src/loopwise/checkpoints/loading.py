@@ -79,9 +79,7 @@ def load(
     else:
         is_own = str(config.get("model_type", "")).startswith("loopwise_")
         given = None if is_own else plan
-        model = saving.load(
-            source, plan=given, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        model = saving.load(source, plan=given, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust_remote_code)
     if plan is not None and isinstance(model.config, LoopwiseDecoderConfig):
         _replan(model, plan)
     return model
@@ -106,7 +104,9 @@ def _replan(model: Any, plan: Plan) -> None:
     plan.validate(len(looping.returns))
     lacking = [name for name in model.config.loops or {} if name not in plan.loops]
     if lacking:
-        raise ValueError(f"the plan {plan} lacks loop {lacking[0]!r}, which has components in this model: {looping.plan}")
+        raise ValueError(
+            f"the plan {plan} lacks loop {lacking[0]!r}, which has components in this model: {looping.plan}"
+        )
     looping.plan, model.config.plan = plan, str(plan)
 
 
@@ -181,5 +181,5 @@ def export_checkpoint(model: Any, folder: str | Path) -> None:
     for name, dtype in foreign.get("dtypes", {}).items():
         tensors[name] = tensors[name].to(getattr(torch, dtype))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(foreign["config"], indent=2) + "\n", encoding="utf-8")

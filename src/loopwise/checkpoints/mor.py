@@ -1,7 +1,7 @@
 """Mixture-of-Recursions (2507.10524), expert choice and token choice, on the Llama layout.
 
     x = layer 0 (embed(ids));  N recursions over the same K layers F, each for the tokens that a router lets in
-    expert choice: x[chosen] += g F(x[chosen]), recursion by recursion;  token choice: x += g F(...F(x)), as deep as chosen
+    expert choice: x[chosen] += g F(x[chosen]), N times;  token choice: x += g F(...F(x)), as deep as chosen
     logits = head(n(last layer (x)))
 
 The published transform writes the recursions out as modules whose layers share their tensors: a state dict holds them N
@@ -61,7 +61,9 @@ class _Shape:
         self.depth = (count(self.llama, "num_hidden_layers") - 2 * self.before) // self.num_recursions
         if self.depth < 1:
             layers = self.llama["num_hidden_layers"]
-            raise ValueError(f"config.json has num_hidden_layers={layers}: too few for {self.num_recursions} recursions")
+            raise ValueError(
+                f"config.json has num_hidden_layers={layers}: too few for {self.num_recursions} recursions"
+            )
         self.shares_norms = bool(recursive.get("ln_share", True))
         if self.mor.get("rand_router"):
             raise ValueError("config.json has cfg.mor.rand_router=True: supported is False")
@@ -78,11 +80,16 @@ class _Shape:
 
     def tensors(self) -> dict[str, str]:
         """Names within a layer, theirs and ours."""
-        names = {"input_layernorm.weight": "mixer_norm_in.weight", "post_attention_layernorm.weight": "mlp_norm_in.weight"}
+        names = {
+            "input_layernorm.weight": "mixer_norm_in.weight",
+            "post_attention_layernorm.weight": "mlp_norm_in.weight",
+        }
         kinds = ["weight", "bias"] if self.llama.get("attention_bias") else ["weight"]
         names |= {f"self_attn.{p}_proj.{kind}": f"mixer.{p}_proj.{kind}" for p in "qkvo" for kind in kinds}
         kinds = ["weight", "bias"] if self.llama.get("mlp_bias") else ["weight"]
-        return names | {f"mlp.{p}_proj.{kind}": f"mlp.{p}_proj.{kind}" for p in ("gate", "up", "down") for kind in kinds}
+        return names | {
+            f"mlp.{p}_proj.{kind}": f"mlp.{p}_proj.{kind}" for p in ("gate", "up", "down") for kind in kinds
+        }
 
 
 def _part(config: Config, field: str, path: str = "") -> Mapping[str, Any]:
@@ -133,7 +140,7 @@ def _capacities(value: Any, num_recursions: int) -> tuple[float, ...]:
     falling = all(a >= b for a, b in zip(numbers, numbers[1:], strict=False))
     if len(numbers) != num_recursions or not falling or not all(0 < number <= 1 for number in numbers):
         raise ValueError(
-            f"config.json has cfg.mor.capacity={value!r}: use {num_recursions} numbers above 0, at most 1, that do not grow"
+            f"config.json has cfg.mor.capacity={value!r}: use {num_recursions} numbers in (0, 1] that do not grow"
         )
     return numbers
 
@@ -271,7 +278,7 @@ _UNTIED = Family(
     matches=lambda config, names: False,
     build=_build_untied,
     rules=_untied_rules,
-    differs="Recursions whose tensors are not shared, the defect of releases before 82c97f2: each has layers of its own.",
+    differs="Recursions whose tensors are not shared, a defect of releases before 82c97f2: each has its own layers.",
 )
 MOR = Family(
     name="mor",

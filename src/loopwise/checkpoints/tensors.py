@@ -126,7 +126,8 @@ def _check_derived(rule: Rule, tensor: torch.Tensor, derived: torch.Tensor) -> N
         raise ValueError(
             f"tensor {rule.foreign} has shape {list(tensor.shape)}, the configuration asks for {list(derived.shape)}"
         )
-    if (tensor.double() - derived.double()).abs().max() > 2 * torch.finfo(tensor.dtype).eps + 1e-5:
+    eps = torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0
+    if (tensor.double() - derived.double()).abs().max() > 2 * eps + 1e-5:
         raise ValueError(f"tensor {rule.foreign} is not what the configuration makes of it")
 
 

@@ -197,6 +197,8 @@ def whole_folder(dst: Path) -> Iterator[Path]:
         folder = temporary / "model"
         folder.mkdir()
         yield folder
+        for path in folder.iterdir():
+            path.chmod(0o666 & ~current_umask())
         if dst.exists():
             dst.rmdir()
         folder.rename(dst)

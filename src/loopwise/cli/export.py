@@ -41,8 +41,10 @@ class Export(common.Source):
         model = common.load_model(self, plan)
         if plan is None:
             common.set_own_loops(model, self.loops)
-        tokenizer = _tokenizer(self.source) if self.tokenizer else None
+        tokenizer, note = _tokenizer(self.source) if self.tokenizer else (None, None)
         export(model, self.dst, format=self.format, tokenizer=tokenizer)
+        if note:
+            print(note, file=sys.stderr)
         print(f"wrote {self.dst} ({self.format}, {common.size_of(self.dst)})")
 
 
@@ -74,9 +76,9 @@ def export(model: Any, dst: Path | str, *, format: Format = "loopwise", tokenize
     return dst
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str) -> tuple[Any, str | None]:
+    """The tokenizer that comes with a source, or None and why there is none."""
     try:
-        return loopwise.load_tokenizer(source)
+        return loopwise.load_tokenizer(source), None
     except (ValueError, OSError) as error:
-        print(f"note: no tokenizer written: {str(error).splitlines()[0]}", file=sys.stderr)
-        return None
+        return None, f"note: no tokenizer written: {str(error).splitlines()[0]}"

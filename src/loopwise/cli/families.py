@@ -42,7 +42,9 @@ def families() -> list[dict[str, Any]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError("this installation carries no parity results; run tests/checkpoints/parity.py --write") from None
+        raise ValueError(
+            "this installation carries no parity results; run tests/checkpoints/parity.py --write"
+        ) from None
     return sorted(rows, key=lambda row: (row["family"], row["checkpoint"]))
 
 

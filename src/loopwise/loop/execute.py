@@ -28,8 +28,8 @@ class Visit:
             ascending),
             or None for all. Tokens that do not take part are neither queries nor keys: they keep their state.
         with_grad: False runs the visit without recording a gradient.
-        parts: where rows differ in how many of their tokens take part: visits of the same slot on disjoint rows, run one
-            after another in the place of this one, possibly none. None runs the visit as it is.
+        parts: where rows differ in how many of their tokens take part: visits of the same slot on disjoint rows, run
+            one after another in the place of this one, possibly none. None runs the visit as it is.
     """
 
     slot: Slot
@@ -41,7 +41,9 @@ class Visit:
     def __post_init__(self) -> None:
         """Refuse a divided visit that is narrowed besides."""
         if self.parts is not None and (self.rows is not None or self.positions is not None):
-            raise ValueError("a visit that is divided into parts has no rows and positions of its own: narrow its parts")
+            raise ValueError(
+                "a visit that is divided into parts has no rows and positions of its own: narrow its parts"
+            )
 
     @property
     def is_partial(self) -> bool:

@@ -162,12 +162,8 @@ class Gate(nn.Module):
         """Args: width D of the state; start of the bias (1 in the ACT of the Universal Transformer)."""
         super().__init__()
         self.linear = nn.Linear(width, 1)
-        self.first_bias = bias
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """The bias as at the start; the weight is left to its owner."""
-        nn.init.constant_(self.linear.bias, self.first_bias)
+        self.linear.__dict__["first_bias"] = bias  # for owners that initialise linear maps in their own way
+        nn.init.constant_(self.linear.bias, bias)
 
     def forward(self, state_BTD: torch.Tensor) -> torch.Tensor:
         """State, floating `[..., D]` -> logits `[...]`."""

@@ -325,7 +325,8 @@ class Passes:
         return None if is_routed(module) else module
 
     def _is_routed(self, turn: Turn) -> bool:
-        return turn.loop.name in self.modules and is_routed(self.modules[turn.loop.name])
+        name = turn.loop.name
+        return name is not None and name in self.modules and is_routed(self.modules[name])
 
     def _start(self, module: LoopModule, entered_btD: torch.Tensor, visit: Visit) -> torch.Tensor:
         given = self._initial_state

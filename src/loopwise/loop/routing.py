@@ -23,7 +23,6 @@ from loopwise.loop.route import (
     DepthChoice,
     ExpertRouters,
     Selection,
-    TokenRouter,
     auxiliary_loss,
     balance_loss,
     combine,
@@ -163,15 +162,21 @@ class Routing:
         for name, total in totals.items():
             known = self._routers[name].num_iterations
             if total > known:
-                raise ValueError(f"loop {name!r} has routers for {known} iterations and is to run {total}: use at most {known}")
+                raise ValueError(
+                    f"loop {name!r} has routers for {known} iterations and is to run {total}: use at most {known}"
+                )
         return first, totals
 
     def _inside(self, plan: Plan, modules: Mapping[str, Any]) -> set[SlotKey]:
         turns = [turn for found in self._turns.values() for turn in found.begin]
         routed = {turn.path for turn in turns if turn.loop.name in self._heads}
         for turn in turns:
-            if turn.loop.name in modules and any(path != turn.path and path[: len(turn.path)] == turn.path for path in routed):
-                raise ValueError(f"loop {turn.loop.name!r} has components and stands around a loop with routers: leave them out")
+            if turn.loop.name in modules and any(
+                path != turn.path and path[: len(turn.path)] == turn.path for path in routed
+            ):
+                raise ValueError(
+                    f"loop {turn.loop.name!r} has components and stands around a loop with routers: leave them out"
+                )
         return {slot.key for slot in plan.slots if any(slot.position[: len(path)] == path for path in routed)}
 
 

@@ -52,3 +52,52 @@ class LearnedPositions(nn.Module):
         if last >= self.table.num_embeddings:
             raise ValueError(f"position {last} is past the {self.table.num_embeddings} that this model has learned")
         return self.table(position_ids_bt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinatesConfig(Component):
+    """Sinusoids of the position and of the iteration, summed (Universal Transformer, 1807.03819).
+
+    `P_{i,t,2j} = sin(i f_j) + sin(t f_j)` and `P_{i,t,2j+1} = cos(i f_j) + cos(t f_j)`, `f_j = max_period^(-2j / D)`,
+    for position i and iteration t = 1, 2, ... as in the paper. (tensor2tensor has all sines before all cosines, spaces
+    the rates so that the slowest is exactly `1 / max_period`, and counts iterations from 0.)
+
+    Attributes:
+        max_period: the slowest channels turn once per about `2 pi max_period`.
+    """
+
+    kind: ClassVar[str | None] = "signal.coordinates"
+    max_period: float = 10000.0
+
+    def __post_init__(self) -> None:
+        """Check the range."""
+        super().__post_init__()
+        self.require(self.max_period > 1, "max_period", "must be above 1")
+
+    def build(self, width: int) -> Coordinates:
+        """The signal for a state of an even width D."""
+        return Coordinates(self, width)
+
+
+class Coordinates(nn.Module):
+    """See `CoordinatesConfig`; no parameters.
+
+    Raises:
+        ValueError: an odd width.
+    """
+
+    def __init__(self, config: CoordinatesConfig, width: int) -> None:
+        super().__init__()
+        if width % 2:
+            raise ValueError(f"signal.coordinates: the width {width} is odd; channels are pairs of sine and cosine")
+        self.max_period = config.max_period
+
+    def forward(self, state_btD: torch.Tensor, iteration: int, position_ids_bt: torch.Tensor) -> torch.Tensor:
+        """What is added to the state: `[b or 1, t, D]`, from positions, int64 `[b or 1, t]`, in the state's dtype."""
+        dtype, width = torch.promote_types(state_btD.dtype, torch.float32), state_btD.shape[-1]
+        powers = torch.arange(0, width, 2, device=state_btD.device, dtype=dtype) / width
+        rates = self.max_period**-powers
+        place_btd = position_ids_bt[..., None].to(dtype) * rates
+        step_d = (iteration + 1) * rates
+        waves = torch.stack([place_btd.sin() + step_d.sin(), place_btd.cos() + step_d.cos()], dim=-1)
+        return waves.flatten(-2).to(state_btD.dtype)

@@ -1,4 +1,4 @@
-"""Models: give a transformers decoder a plan, unroll it, load and save it; and decoders of our own.
+"""Models: give a transformers decoder a plan, unroll it, load and save it; and models of our own.
 
 The first import of this room tells the Auto classes of transformers about configurations of type "loopwise" and of the
 types of our own models.
@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseForCausalLM, LoopwiseModel
 from loopwise.models.door import register
+from loopwise.models.encoder import LoopwiseEncoder, LoopwiseEncoderConfig
 from loopwise.models.puzzle import LoopwisePuzzleConfig, LoopwisePuzzleModel
 from loopwise.models.regression import LoopwiseForRegression, LoopwiseRegressionConfig
 
@@ -16,6 +17,7 @@ for config_class, model_class in (
     (LoopwiseDecoderConfig, LoopwiseModel),
     (LoopwisePuzzleConfig, LoopwisePuzzleModel),
     (LoopwiseRegressionConfig, LoopwiseForRegression),
+    (LoopwiseEncoderConfig, LoopwiseEncoder),
 ):
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)

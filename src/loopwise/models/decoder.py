@@ -25,9 +25,10 @@ from loopwise.loop.config import Component
 from loopwise.loop.halting import Gate
 from loopwise.loop.passes import LoopModule, Passes
 from loopwise.loop.route import ExpertChoice
+from loopwise.loop.state import StateInit
 from loopwise.loop.streams import FirstValues
 from loopwise.models.attention import attention_mask as mask_for
-from loopwise.models.blocks import BLOCK_AXES, BlockConfig
+from loopwise.models.blocks import BLOCK_AXES, Block, BlockConfig
 from loopwise.models.hub import BaseModelOutputWithPast, CausalLMOutputWithPast, align, new_cache
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.norms import NormConfig
@@ -164,7 +165,7 @@ class Shared(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module does."""
-        return self.of[0](*args, **kwargs)
+        return self.__dict__["of"][0](*args, **kwargs)
 
 
 class LoopwisePreTrainedModel(PreTrainedModel):
@@ -199,9 +200,11 @@ class LoopwisePreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif callable(getattr(module, "reset_parameters", None)):
-            module.reset_parameters()
+                nn.init.constant_(module.bias, getattr(module, "first_bias", 0.0))
+        else:
+            reset: Any = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
 
 class LoopwiseModel(LoopwisePreTrainedModel):
@@ -259,7 +262,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         projection = spec.get("exit_projection")
         exit_norm = nn.Linear(width, width, bias=projection == "bias") if projection else norm("exit")
         module = LoopModule(
-            state=components.from_dict(spec["state"], axis="state") if spec.get("state") else None,
+            state=cast(StateInit, components.from_dict(spec["state"], axis="state")) if spec.get("state") else None,
             update=component("update"),
             entry=norm("entry"),
             signal=component("signal"),
@@ -291,7 +294,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
 
     def make_passes(self, plan: Plan, **options: Any) -> Passes:
         """The loop components of one forward, see `Passes`."""
-        self.passes = Passes(plan, self.loops, **options)  # streams follow when the embeddings are known
+        self.passes = Passes(plan, cast(Mapping[str, nn.Module], self.loops), **options)  # streams follow when the embeddings are known
         return self.passes
 
     def forward(
@@ -323,7 +326,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self)
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past: int = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) + past)[None]
         if self.embed_positions is not None:
             if int(position_ids.max()) >= self.config.num_positions:
@@ -409,7 +412,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         tables: dict[Any, Any] = {None: None}
         arguments: list[dict[str, Any]] = []
         for layer in self.layers:
-            mixer = layer.block_config.mixer
+            mixer = cast(Block, layer).block_config.mixer
             if not isinstance(mixer, AttentionConfig):
                 arguments.append({})
                 continue
@@ -417,7 +420,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
             if kind not in masks:
                 prefix = prefix_BT if mixer.mask == "prefix" else None
                 masks[kind] = mask_for(mixer, self.config, hidden_BTD, mask_BT, cache, position_ids_BT, prefix)
-            if mixer.rope not in tables:
+            if mixer.rope is not None and mixer.rope not in tables:
                 tables[mixer.rope] = rotary_tables(position_ids_BT, mixer.rope)
             arguments.append({"attention_mask": masks[kind], "position_embeddings": tables[mixer.rope]})
         return arguments
@@ -578,7 +581,8 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, with `causal_options` for what the caller leaves open."""
-        return self.causal_options | super().prepare_inputs_for_generation(*args, **kwargs)
+        base: Any = super()
+        return self.causal_options | base.prepare_inputs_for_generation(*args, **kwargs)
 
     def _loop_logits(self, name: str | None, states: Any, keep: Any) -> tuple[torch.Tensor, ...] | None:
         if name is None:

@@ -39,9 +39,13 @@ class Passes(Protocol):
     arguments: dict[str, torch.Tensor]
     may_skip: bool
 
-    def begin(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor: ...
+    def begin(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
+        """What the layer reads."""
+        ...
 
-    def end(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor: ...
+    def end(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
+        """What goes on."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

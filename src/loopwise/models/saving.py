@@ -7,18 +7,18 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import loopwise
 from loopwise.cache.policy import CachePolicy
 from loopwise.io.atomic import write_text
 from loopwise.models.attach import attach, detach, plan_of
 from loopwise.models.bundle import bundle
-from loopwise.models.decoder import LoopwisePreTrainedModel
+from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwisePreTrainedModel
 from loopwise.models.door import refuse_missing
 from loopwise.models.hub import base_model, forget_quantization, refuse_adapters
 from loopwise.models.playing import looping_of
@@ -65,6 +65,7 @@ def load(
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         # Weights that stay packed can be neither trained nor saved.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    kind: Any = AutoModelForCausalLM
     with _OneLine(f"cannot load {source}"):
         if "gguf_file" not in options:
             config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
@@ -72,7 +73,9 @@ def load(
                 raise ValueError(
                     f"{source} is an encoder-decoder model ({config.model_type}): only decoders can be looped"
                 )
-        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(place, output_loading_info=True, **options)
+            if isinstance(config, LoopwiseDecoderConfig) and type(config) is not LoopwiseDecoderConfig:
+                kind = AutoModel  # models of our own that are no language models
+        model, info = kind.from_pretrained(place, output_loading_info=True, **options)
         refuse_missing(info, str(source))
     if "gguf_file" in options:
         forget_quantization(model)
