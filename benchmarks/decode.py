@@ -162,7 +162,8 @@ def scattered(cache: Any, num_tokens: int) -> int:
 
 def main() -> int:
     options = parser(__doc__.splitlines()[0], "decode")
-    options.add_argument("--steps", type=int, default=16, help="tokens decoded per measurement")
+    options.add_argument("--steps", type=int, default=4, help="tokens decoded per measurement")
+    options.set_defaults(pairs=120)  # many short rounds: a busy moment then spoils few of them
     given = options.parse_args()
     torch.set_num_threads(1)  # one token's matrices are too small to share, and a second thread adds noise
     model = huginn_shaped()
@@ -170,7 +171,7 @@ def main() -> int:
     print(f"plan {loopwise.plan_of(model)}, r = {', '.join(map(str, LOOPS))}: {given.pairs} rounds", flush=True)
     rounds = measure(lambda loops: seconds_per_token(model, loops, prompt, given.steps), LOOPS, given.pairs)
     entries = [*line_entries(rounds), *speed_entries(rounds), *cache_entries(model, max(LOOPS), given.steps)]
-    steps = f" --steps {given.steps}" if given.steps != 16 else ""
+    steps = f" --steps {given.steps}" if given.steps != 4 else ""
     return finish(entries, given.out, f"python benchmarks/decode.py --pairs {given.pairs}{steps}")
 
 

@@ -14,7 +14,7 @@ import loopwise
 from loopwise.checkpoints.hrm_text import HRM_TEXT
 from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
 from loopwise.models.attach import plan_of, set_cache, set_loops
-from loopwise.models.decoder import LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
 
 GOLDEN = GOLDENS / "hrm_text"
 ATOL = 1e-5

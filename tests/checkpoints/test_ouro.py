@@ -19,7 +19,7 @@ from loopwise.checkpoints.ouro import OURO
 from loopwise.checkpoints.tensors import export_tensors
 from loopwise.loop.halting import HazardHalting, cdf_exit
 from loopwise.models.attach import set_cache
-from loopwise.models.decoder import LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
 from loopwise.models.readouts import exit_distribution, expected_logits, loop_loss, selected_logits
 from loopwise.models.rotary import rotary_tables
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -83,10 +86,71 @@ def speculation_and_adapters():
     assert torch.equal(generate(model, ids_BT, **LOOKUP), generate(model, ids_BT, **GREEDY))
 
 
+def routed():
+    return loopwise.load(Path(__file__).parents[1] / "goldens" / "mor_expert")
+
+
+def routed_prompt(batch=1):
+    ids_BT = torch.randint(63, (batch, 5), generator=torch.Generator().manual_seed(0))
+    return torch.cat([ids_BT, ids_BT], dim=1)
+
+
+def loop_and_routing():
+    """A loop with routers equals layers of their own, copied, that go through the same routers."""
+    model, ids_BT = routed(), routed_prompt(2)
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers, config.plan = 5, "0 r0:(1)x1 r1:(2)x1 r2:(3)x1 4"
+    config.loops = {"r0": config.loops["core"], "r1": {"follows": "r0"}, "r2": {"follows": "r0"}}
+    plain = type(model)(config).eval()
+    theirs = model.state_dict()
+    sources = {"0": "0", "1": "1", "2": "1", "3": "1", "4": "2"}
+
+    def source(name):
+        parts = name.replace("loops.r0.", "loops.core.").split(".")
+        if parts[1] == "layers":
+            parts[2] = sources[parts[2]]
+        return ".".join(parts)
+
+    plain.load_state_dict({name: theirs[source(name)] for name in plain.state_dict()})
+    for select in ("top", "threshold"):
+        assert torch.equal(model(ids_BT, select=select).logits, plain(ids_BT, select=select).logits)
+        shallow = model(ids_BT, select=select, loops=1, output_loops=True)
+        assert len(shallow.routes) == 1 and not torch.equal(shallow.logits, model(ids_BT, select=select).logits)
+
+
+def routing_and_sampler():
+    model, ids_BT = routed(), routed_prompt(2)
+    for options in (SAMPLED, GREEDY | {"num_beams": 3}):
+        cached, whole = (generate(model, ids_BT, use_cache=flag, **options) for flag in (True, False))
+        assert torch.equal(cached, whole)
+
+
+def routing_and_speculation():
+    model, ids_BT = routed(), routed_prompt()
+    assert torch.equal(generate(model, ids_BT, **LOOKUP), generate(model, ids_BT, **GREEDY))
+
+
+def routing_and_adapters():
+    model, ids_BT = routed(), routed_prompt(2)
+    before = model(ids_BT, select="threshold").logits
+    adapted = with_adapters(model)
+    after = adapted(ids_BT, select="threshold").logits
+    assert not torch.allclose(after, before, atol=1e-3)
+    tokens = generate(adapted, ids_BT, **GREEDY)
+    assert torch.equal(tokens, generate(adapted, ids_BT, use_cache=False, **GREEDY))
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(ids_BT, select="threshold").logits, after, atol=1e-5, rtol=1e-5)
+    assert torch.equal(generate(merged, ids_BT, **GREEDY), tokens)
+
+
 LAWS = {
+    ("loop", "routing"): loop_and_routing,
     ("loop", "sampler"): loop_and_sampler,
     ("loop", "speculation"): loop_and_speculation,
     ("loop", "adapters"): loop_and_adapters,
+    ("routing", "sampler"): routing_and_sampler,
+    ("routing", "speculation"): routing_and_speculation,
+    ("routing", "adapters"): routing_and_adapters,
     ("sampler", "speculation"): sampler_and_speculation,
     ("sampler", "adapters"): sampler_and_adapters,
     ("speculation", "adapters"): speculation_and_adapters,

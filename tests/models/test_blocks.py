@@ -23,7 +23,8 @@ from tests.models.block_families import (
 from torch.utils.checkpoint import checkpoint
 
 from loopwise.models.blocks import AdaLNConfig, BlockConfig
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.mixers import AttentionConfig, QKNormConfig, TokenMixerConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import LayerNorm, NormConfig, RMSNorm

@@ -15,7 +15,7 @@ from loopwise.loop.act import ActHalting
 from loopwise.loop.halting import HazardHalting, PonderHalting
 from loopwise.loop.signals import CoordinatesConfig
 from loopwise.models.attach import set_cache
-from loopwise.models.decoder import LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
 from loopwise.models.encoder import LoopwiseEncoder, LoopwiseEncoderConfig
 from loopwise.models.readouts import exit_distribution, loop_loss
 from loopwise.models.universal import universal_transformer

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loopwise.models.blocks import BlockConfig
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 

@@ -16,7 +16,8 @@ import torch
 from loopwise.checkpoints.family import Config, Family, require
 from loopwise.checkpoints.tensors import Rule
 from loopwise.models.blocks import BlockConfig
-from loopwise.models.decoder import SHARED_NORM, LoopwiseDecoderConfig, LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder_config import SHARED_NORM, LoopwiseDecoderConfig
 from loopwise.models.mixers import AttentionConfig, QKNormConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import NormConfig

@@ -22,7 +22,7 @@ from loopwise.checkpoints.ouro import OURO
 from loopwise.checkpoints.parcae import PARCAE
 from loopwise.checkpoints.tensors import UntiedError, export_tensors, import_tensors
 from loopwise.models import saving
-from loopwise.models.decoder import LoopwiseDecoderConfig
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.playing import looping_of
 from loopwise.plan.plans import Plan
 

@@ -14,7 +14,7 @@ from typing import Any
 from loopwise.checkpoints.family import Config, Family, count, require
 from loopwise.checkpoints.tensors import Rule
 from loopwise.models.blocks import BlockConfig
-from loopwise.models.decoder import SHARED_NORM
+from loopwise.models.decoder_config import SHARED_NORM
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import NormConfig

@@ -14,7 +14,8 @@ from dataclasses import asdict
 from loopwise.checkpoints.family import Config, Family, count, require
 from loopwise.checkpoints.tensors import Rule
 from loopwise.models.blocks import AdaLNConfig, BlockConfig
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import NormConfig

@@ -19,7 +19,8 @@ from loopwise.checkpoints.tensors import Rule, UntiedError
 from loopwise.loop.config import Component, to_dict
 from loopwise.loop.route import ExpertChoice, TokenChoice
 from loopwise.models.blocks import BlockConfig
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import NormConfig

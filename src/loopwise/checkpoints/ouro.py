@@ -12,7 +12,8 @@ from typing import Any
 from loopwise.checkpoints.family import Config, Family, count, require
 from loopwise.checkpoints.tensors import Rule
 from loopwise.models.blocks import BlockConfig
-from loopwise.models.decoder import SHARED_NORM, LoopwiseDecoderConfig, LoopwiseForCausalLM
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder_config import SHARED_NORM, LoopwiseDecoderConfig
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import NormConfig

@@ -38,7 +38,7 @@ CAPABILITIES = (
     Capability(name="growth", what="edits of depth between training stages"),
     Capability(name="tie + delta", what="shared layers with low-rank offsets per visit"),
     Capability(name="halting", what="a number of visits that depends on the token"),
-    Capability(name="routing", what="visits by a part of the tokens"),
+    Capability(name="routing", what="visits by the tokens that a router chooses", built=True),
     Capability(name="chunk", what="levels that run on chunks of tokens"),
     Capability(name="mixer", what="recurrent token mixers of our own decoder"),
     Capability(name="thought", what="latent positions on the token axis"),

@@ -6,7 +6,9 @@ types of our own models.
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseForCausalLM, LoopwiseModel
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder import LoopwiseModel
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.door import register
 from loopwise.models.encoder import LoopwiseEncoder, LoopwiseEncoderConfig
 from loopwise.models.puzzle import LoopwisePuzzleConfig, LoopwisePuzzleModel

@@ -17,19 +17,18 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from loopwise.cache.policy import CachePolicy
 from loopwise.loop import config as components
-from loopwise.loop.config import Component
 from loopwise.loop.halting import Gate
 from loopwise.loop.passes import LoopModule, Passes
-from loopwise.loop.route import ExpertChoice
 from loopwise.loop.state import StateInit
 from loopwise.loop.streams import FirstValues
 from loopwise.models.attention import attention_mask as mask_for
-from loopwise.models.blocks import BLOCK_AXES, Block, BlockConfig
-from loopwise.models.hub import BaseModelOutputWithPast, CausalLMOutputWithPast, align, new_cache
+from loopwise.models.blocks import BLOCK_AXES, Block
+from loopwise.models.decoder_config import LOOP_FIELDS, SHARED_NORM, LoopwiseDecoderConfig
+from loopwise.models.hub import BaseModelOutputWithPast, align, new_cache
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.norms import NormConfig
 from loopwise.models.playing import Looping, Returns, hook_owner, looping_of
@@ -37,105 +36,6 @@ from loopwise.models.rotary import rotary_tables
 from loopwise.models.value_embeddings import ValueEmbeddings
 from loopwise.plan.nodes import Loop
 from loopwise.plan.plans import Plan
-
-SHARED_NORM = "norm"
-_LOOP_FIELDS = ("state", "update", "entry", "turn", "exit", "exit_projection", "gate", "stream", "reads", "grad")
-_LOOP_FIELDS += ("signal", "conditioner", "halting", "on_exit", "route", "follows", "iterations")
-
-
-class LoopwiseDecoderConfig(PreTrainedConfig):
-    """A decoder as data.
-
-    Attributes:
-        vocab_size: V; 0 for a model that is called with inputs_embeds only.
-        hidden_size: D.
-        num_hidden_layers: number of physical layers.
-        blocks: a `BlockConfig` dictionary per layer, or one for all.
-        plan: plan text.
-        loops: per named loop a dictionary with any of `state`, `update`, `signal`, `conditioner` (loop
-            components), `entry`, `turn`, `exit` (a norm's dictionary, or "norm" for the final norm itself),
-            `exit_projection` (a linear map in the place of `exit`: true, or "bias" for one with a bias), `gate`
-            (true, or the first value of its bias: an exit gate reads the state after every iteration), `halting` (a
-            rule that the gate drives), `on_exit` ("skip" or "select", see `loopwise.loop.exits`), `stream` (name),
-            `reads` (names of streams) and `grad` (how many last iterations carry a gradient, see `GradientWindow`). Or
-            else `route` (routers that choose the tokens of every iteration, see `loopwise.loop.routing`) with
-            `iterations` (how many there are routers for; as many as in the plan), or `follows` (name of the loop whose
-            routers it goes on with) alone.
-        streams: first values of named streams: "input" (the embeddings), "learned" (a vector `[D]`, a parameter) or
-            "fixed" (the same as a buffer: it is not trained).
-        norm: the final norm; None has none.
-        norm_last: whether the final norm is applied before the head (Ouro applies it inside the loop only).
-        embedding_scale: factor on the embeddings.
-        embedding_dropout: probability on the embeddings in training.
-        num_positions: size of a learned position table, or None.
-        value_embeddings: layer number (as text) -> width of its table of value embeddings; None has none.
-        max_position_embeddings: longest context, for information.
-        cache: cache policy, see `loopwise.attach`.
-    """
-
-    model_type = "loopwise_decoder"
-
-    vocab_size: int = 0
-    hidden_size: int = 0
-    num_hidden_layers: int = 0
-    blocks: list | None = None
-    plan: str = ""
-    loops: dict | None = None
-    streams: dict | None = None
-    norm: dict | None = None
-    norm_last: bool = True
-    embedding_scale: float = 1.0
-    embedding_dropout: float = 0.0
-    num_positions: int | None = None
-    value_embeddings: dict | None = None
-    max_position_embeddings: int = 2048
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    cache: str = "own"
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def block_configs(self) -> list[BlockConfig]:
-        """One config per physical layer.
-
-        Raises:
-            ValueError: another number of blocks than of layers.
-        """
-        blocks = [BlockConfig.from_dict(dict(block)) for block in self.blocks or ()]
-        if len(blocks) == 1:
-            blocks *= self.num_hidden_layers
-        if not blocks or len(blocks) != self.num_hidden_layers:
-            raise ValueError(
-                f"blocks has {len(blocks)} entries, num_hidden_layers is {self.num_hidden_layers}: give one per layer"
-            )
-        return blocks
-
-
-@dataclass
-class LoopwiseOutput(CausalLMOutputWithPast):
-    """Output of our decoder.
-
-    Attributes:
-        loop_states: states after every iteration of the collected loop, R tensors `[B, T, D]`, on request.
-        loop_logits: what the head makes of each, R tensors `[B, T, V]`, on request where nothing comes after the loop.
-        gates: exit gate of every iteration in (0, 1), `[B, T, R]`, on request where the loop has a gate. Not a number
-            where a token was not visited.
-        gate_logits: its logits, `[B, T, R]`.
-        exits: 0-based iteration after which each token left, int64 `[B, T]`, where the loop has a gate.
-        ponder: ponder cost of each token `[B, T]`, for adaptive computation time.
-        routes: what the routers chose, on request: a `Selection` for every iteration with expert choice, a
-            `DepthChoice` for token choice (`loopwise.loop.route`).
-    """
-
-    loop_states: tuple[torch.Tensor, ...] | None = None
-    loop_logits: tuple[torch.Tensor, ...] | None = None
-    gates: torch.Tensor | None = None
-    gate_logits: torch.Tensor | None = None
-    exits: torch.Tensor | None = None
-    ponder: torch.Tensor | None = None
-    routes: tuple | None = None
 
 
 @dataclass
@@ -254,7 +154,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
             config: Any = components.from_dict(spec[key], axis=key) if spec.get(key) else None
             return None if config is None else config.build(width)
 
-        unknown = sorted(set(spec) - set(_LOOP_FIELDS))
+        unknown = sorted(set(spec) - set(LOOP_FIELDS))
         if unknown:
             raise ValueError(f"loop {name!r} has an unknown component {unknown[0]!r}")
         if spec.get("route") or spec.get("follows"):
@@ -294,7 +194,8 @@ class LoopwiseModel(LoopwisePreTrainedModel):
 
     def make_passes(self, plan: Plan, **options: Any) -> Passes:
         """The loop components of one forward, see `Passes`."""
-        self.passes = Passes(plan, cast(Mapping[str, nn.Module], self.loops), **options)  # streams follow when the embeddings are known
+        # Streams follow when the embeddings are known.
+        self.passes = Passes(plan, cast(Mapping[str, nn.Module], self.loops), **options)
         return self.passes
 
     def forward(
@@ -470,144 +371,3 @@ def _first_values(config: LoopwiseDecoderConfig) -> FirstValues:
             raise ValueError(f"stream {name!r} starts as {start!r}: use one of {', '.join(starts)}")
         starts[start].append(name)
     return FirstValues(config.hidden_size, learned=starts["learned"], fixed=starts["fixed"])
-
-
-class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
-    """The decoder with a language modelling head."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: LoopwiseDecoderConfig):
-        super().__init__(config)
-        self.model = LoopwiseModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        loops: int | Mapping[str, int] | None = None,
-        initial_state: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-        schedule: torch.Tensor | None = None,
-        output_loops: bool | str = False,
-        halting: Component | Mapping[str, Any] | None = None,
-        on_exit: str | None = None,
-        select: str | None = None,
-        **kwargs: Any,
-    ) -> LoopwiseOutput:
-        """Logits of every token, and on request what every iteration made.
-
-        Args:
-            input_ids: int64 `[B, T]`.
-            attention_mask: 1 for tokens, 0 for padding, `[B, past + T]`.
-            position_ids: int64 `[B, T]`.
-            past_key_values: a transformers cache.
-            inputs_embeds: `[B, T, D]` in the place of input_ids.
-            token_type_ids: int64 `[B, T]`, 1 for tokens of a prefix that see each other, for layers with mask "prefix";
-                all of them in the first call of a cache.
-            labels: int64 `[B, T]`, -100 is ignored; gives the shifted cross-entropy `loss`.
-            use_cache: return a cache.
-            logits_to_keep: number of last positions, or indices, that get logits; 0 for all.
-            loops: iteration counts of this call.
-            initial_state: first state of the loop, broadcastable to `[B, T, D]`.
-            generator: source of a random first state; needed where the loop starts at random, unless a state is given.
-            schedule: step sizes of the iterations `[R]`, for loops conditioned on time.
-            output_loops: True (the loop named core, or the only one) or a loop's name: also return its states, and
-                what the head and the gate make of them.
-            halting: the rule by which tokens leave loops that have a gate, such as `HazardHalting(threshold=0.5)` or
-                its dictionary; None is that of the configuration.
-            on_exit: "skip" does not visit a token that has left again, "select" runs every iteration and reads each
-                token where it left; None is that of the configuration.
-            select: how loops with expert choice select, "top" (as published: it sees later tokens) or "threshold"
-                (causal); None is that of the configuration. `generate` takes "threshold" unless told otherwise.
-            **kwargs: handed to the layers.
-
-        Raises:
-            ValueError: a wrong loop name or count, a random state without a generator, or misshapen arguments.
-        """
-        collect = collected_loop(self.model, output_loops)
-        options = {"initial_state": initial_state, "generator": generator, "schedule": schedule, "collect": collect}
-        rule = components.from_dict(halting, axis="halting") if isinstance(halting, Mapping) else halting
-        options |= {"halting": rule, "on_exit": on_exit, "select": select}
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=token_type_ids,
-            use_cache=self.config.use_cache if use_cache is None else use_cache,
-            loops=loops,
-            loop_options=options,
-            **kwargs,
-        )
-        self.model.passes = None
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if self.training and output.route_loss is not None:
-                loss = loss + output.route_loss
-        return LoopwiseOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            loop_states=output.loop_states,
-            loop_logits=self._loop_logits(collect, output.loop_states, keep),
-            gates=None if output.gate_logits is None else output.gate_logits.sigmoid(),
-            gate_logits=output.gate_logits,
-            exits=output.exits,
-            ponder=output.ponder,
-            routes=output.routes if collect else None,
-        )
-
-    @property
-    def causal_options(self) -> dict[str, Any]:
-        """Arguments of a call with which no token sees a later one, where that takes any."""
-        loops = (self.config.loops or {}).values()
-        routes = [components.from_dict(spec["route"], axis="route") for spec in loops if spec.get("route")]
-        return {"select": "threshold"} if any(isinstance(route, ExpertChoice) for route in routes) else {}
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in transformers, with `causal_options` for what the caller leaves open."""
-        base: Any = super()
-        return self.causal_options | base.prepare_inputs_for_generation(*args, **kwargs)
-
-    def _loop_logits(self, name: str | None, states: Any, keep: Any) -> tuple[torch.Tensor, ...] | None:
-        if name is None:
-            return None
-        read = [self.model.read_out(name, state_BTD[:, keep]) for state_BTD in states]
-        return tuple(self.lm_head(state_BTD) for state_BTD in read) if read[0] is not None else None
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: Any, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor | None:
-        """What `generate` asks for before a forward with a static cache: the mask as it is, `[B, past + T]`.
-
-        Our forward makes the mask of each layer from it; one mask for all would have no windows and no prefix.
-        """
-        return attention_mask
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Generated tokens are of no prefix, whatever the last token of the prompt was."""
-        prompt = model_kwargs.get("token_type_ids")
-        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if prompt is not None:
-            added = model_kwargs["token_type_ids"].shape[-1] - prompt.shape[-1]
-            model_kwargs["token_type_ids"] = torch.cat([prompt, prompt.new_zeros(*prompt.shape[:-1], added)], dim=-1)
-        return model_kwargs
-

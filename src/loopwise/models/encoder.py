@@ -21,7 +21,8 @@ from torch import nn
 
 from loopwise.loop import config as components
 from loopwise.loop.config import Component
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseModel, LoopwisePreTrainedModel, collected_loop
+from loopwise.models.decoder import LoopwiseModel, LoopwisePreTrainedModel, collected_loop
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.hub import ModelOutput
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import ACTIVATIONS

@@ -206,7 +206,7 @@ def probe_inputs(model: nn.Module, num_rows: int = 2, num_tokens: int = 5) -> di
 
 
 def leak(logits: torch.Tensor) -> float:
-    """How far the last token of `probe_inputs` changes earlier logits `[rows, tokens, vocabulary]`, over the largest."""
+    """How far the last token of `probe_inputs` changes earlier logits `[rows, tokens, V]`, over the largest."""
     earlier = logits[:, :-1].float()
     return ((earlier - earlier[:1]).abs().max() / earlier.abs().max().clamp(min=1e-30)).item()
 

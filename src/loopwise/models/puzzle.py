@@ -23,7 +23,8 @@ from torch import nn
 from loopwise.loop import config as components
 from loopwise.loop.carry import Carry, SegmentHalting
 from loopwise.loop.streams import FirstValues, cut_normal_
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseModel, LoopwisePreTrainedModel
+from loopwise.models.decoder import LoopwiseModel, LoopwisePreTrainedModel
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.hub import ModelOutput
 from loopwise.models.playing import looping_of
 

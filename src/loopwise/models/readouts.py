@@ -16,7 +16,7 @@ from loopwise.loop import config as components
 from loopwise.loop import readout
 from loopwise.loop.halting import cdf_exit, exit_log_pdf, take_exit
 from loopwise.loop.objective import Objective, Terms
-from loopwise.models.decoder import LoopwiseOutput
+from loopwise.models.causal import LoopwiseOutput
 
 EXPECTED_LOGITS = "expected_logits"
 

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwiseModel, LoopwisePreTrainedModel
+from loopwise.models.decoder import LoopwiseModel, LoopwisePreTrainedModel
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 
 
 class LoopwiseRegressionConfig(LoopwiseDecoderConfig):

@@ -18,7 +18,8 @@ from loopwise.cache.policy import CachePolicy
 from loopwise.io.atomic import write_text
 from loopwise.models.attach import attach, detach, plan_of
 from loopwise.models.bundle import bundle
-from loopwise.models.decoder import LoopwiseDecoderConfig, LoopwisePreTrainedModel
+from loopwise.models.decoder import LoopwisePreTrainedModel
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.door import refuse_missing
 from loopwise.models.hub import base_model, forget_quantization, refuse_adapters
 from loopwise.models.playing import looping_of

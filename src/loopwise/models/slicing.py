@@ -58,8 +58,10 @@ def slice_call(
     """The recorded arguments of a layer, restricted to a visit's rows and positions.
 
     Raises:
-        ValueError: an argument's axes are not known.
+        ValueError: an argument's axes are not known, or it is a mask of flex attention.
     """
+    if any(type(value).__name__ == "BlockMask" for value in (*args, *kwargs.values())):
+        raise ValueError("flex_attention masks cannot be sliced to rows and tokens: use attention 'sdpa' or 'eager'")
 
     def cut(path: ArgumentPath, tensor: torch.Tensor) -> torch.Tensor:
         if tensor is hidden_BTD or tensor.ndim == 0:

@@ -16,7 +16,7 @@ from loopwise.loop.act import ActHalting
 from loopwise.loop.config import Component
 from loopwise.loop.signals import CoordinatesConfig
 from loopwise.models.blocks import BlockConfig
-from loopwise.models.decoder import LoopwiseDecoderConfig
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import NormConfig
