@@ -111,6 +111,7 @@ SHAPES = {
     "huginn": {
         "n_embd": 24,
         "n_heads": 3,
+        "num_key_value_heads": 3,
         "n_layers_in_prelude": 1,
         "n_layers_in_recurrent_block": 2,
         "n_layers_in_coda": 3,
