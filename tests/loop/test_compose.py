@@ -12,6 +12,7 @@ from tiny import tiny_inputs, tiny_model
 
 import loopwise
 from loopwise.loop.compose import CAPABILITIES, matrix
+from loopwise.loop.halting import HazardHalting
 
 PLAN = "0 core:(1-4)x2 5"
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -143,7 +144,63 @@ def routing_and_adapters():
     assert torch.equal(generate(merged, ids_BT, **GREEDY), tokens)
 
 
+HALT = {"halting": HazardHalting(threshold=0.6), "on_exit": "skip"}
+
+
+def halting():
+    return loopwise.set_cache(loopwise.load(Path(__file__).parents[1] / "goldens" / "ouro"), "selected")
+
+
+def halting_prompt(batch=1):
+    ids_BT = torch.arange(5, 5 + 6 * batch).view(batch, 6)
+    return torch.cat([ids_BT, ids_BT], dim=1)
+
+
+def loop_and_halting():
+    """A gate that never fires leaves all iterations, one that always fires the first, others save visits."""
+    model, ids_BT = halting(), halting_prompt(2)
+    never, always = ({"halting": HazardHalting(threshold=q), "on_exit": "skip"} for q in (1.0, 0.0))
+    assert torch.equal(model(ids_BT, use_cache=False, **never).logits, model(ids_BT, use_cache=False).logits)
+    assert torch.equal(model(ids_BT, use_cache=False, **always).logits, model(ids_BT, use_cache=False, loops=1).logits)
+    tokens = []
+    model.model.layers[0].register_forward_hook(lambda layer, args, output: tokens.append(output.shape[:2].numel()))
+    model(ids_BT, use_cache=False, **HALT)
+    assert ids_BT.numel() < sum(tokens) < 4 * ids_BT.numel()
+
+
+def halting_and_sampler():
+    model, ids_BT = halting(), halting_prompt(2)
+    for options in (SAMPLED, GREEDY | {"num_beams": 3}):
+        cached, whole = (generate(model, ids_BT, use_cache=flag, **HALT, **options) for flag in (True, False))
+        assert torch.equal(cached, whole)
+
+
+def halting_and_speculation():
+    model, ids_BT = halting(), halting_prompt()
+    assert torch.equal(generate(model, ids_BT, **LOOKUP, **HALT), generate(model, ids_BT, **GREEDY, **HALT))
+
+
+def halting_and_adapters():
+    model, ids_BT = halting(), halting_prompt(2)
+    before = model(ids_BT, use_cache=False, **HALT).logits
+    adapted = with_adapters(model)
+    after = adapted(ids_BT, use_cache=False, **HALT).logits
+    assert not torch.allclose(after, before, atol=1e-3)
+    tokens = generate(adapted, ids_BT, **GREEDY, **HALT)
+    assert torch.equal(tokens, generate(adapted, ids_BT, use_cache=False, **GREEDY, **HALT))
+
+
+def test_halting_with_routing_is_refused_by_name():
+    model, ids_BT = routed(), routed_prompt()
+    with pytest.raises(ValueError, match="halting|gate|rout"):
+        model(ids_BT, **HALT)
+
+
 LAWS = {
+    ("loop", "halting"): loop_and_halting,
+    ("halting", "sampler"): halting_and_sampler,
+    ("halting", "speculation"): halting_and_speculation,
+    ("halting", "adapters"): halting_and_adapters,
     ("loop", "routing"): loop_and_routing,
     ("loop", "sampler"): loop_and_sampler,
     ("loop", "speculation"): loop_and_speculation,

@@ -37,7 +37,7 @@ CAPABILITIES = (
     Capability(name="loop", what="a plan that visits layers several times", built=True),
     Capability(name="growth", what="edits of depth between training stages"),
     Capability(name="tie + delta", what="shared layers with low-rank offsets per visit"),
-    Capability(name="halting", what="a number of visits that depends on the token"),
+    Capability(name="halting", what="a number of visits that depends on the token", built=True),
     Capability(name="routing", what="visits by the tokens that a router chooses", built=True),
     Capability(name="chunk", what="levels that run on chunks of tokens"),
     Capability(name="mixer", what="recurrent token mixers of our own decoder"),
@@ -47,7 +47,9 @@ CAPABILITIES = (
     Capability(name="adapters", what="LoRA through PEFT, before or after attach", built=True),
     Capability(name="sharding", what="FSDP2 with the loop as one unit"),
 )
-_REFUSED: dict[frozenset[str], str] = {}
+_REFUSED = {
+    frozenset(("halting", "routing")): "a loop with a router has no exit gate: its router already says who goes on",
+}
 
 
 def matrix() -> dict[tuple[str, str], Cell]:
