@@ -171,3 +171,12 @@ def test_wrong_tensors_are_named(tensors, message, tmp_path):
 def test_unsupported_configurations_are_named(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         import_checkpoint(spoiled("huginn", tmp_path / "bad", config=changes))
+
+
+def test_a_decoder_of_our_own_keeps_its_plan(golden):
+    _, model, _, _ = golden
+    with pytest.raises(ValueError, match="cannot be taken away"):
+        loopwise.detach(model)
+    with pytest.raises(ValueError, match="components of their own"):
+        loopwise.materialize(model)
+    assert loopwise.plan_of(model) is not None

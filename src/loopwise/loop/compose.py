@@ -47,7 +47,7 @@ CAPABILITIES = (
     Capability(name="adapters", what="LoRA through PEFT, before or after attach", built=True),
     Capability(name="sharding", what="FSDP2 with the loop as one unit"),
 )
-_REFUSED = {
+_REFUSED: dict[frozenset[str], str] = {
     frozenset(("halting", "routing")): "a loop with a router has no exit gate: its router already says who goes on",
 }
 

@@ -84,9 +84,11 @@ def detach(model: nn.Module) -> nn.Module:
     """Take the plan away, in place: the model is what it was before `attach`.
 
     Raises:
-        ValueError: the model has no plan.
+        ValueError: the model has no plan, or is one of our own decoders, whose plan is a part of it.
     """
     looping = _looping(model)
+    if any(module.__dict__.get("loopwise") is looping and hasattr(module, "make_passes") for module in model.modules()):
+        raise ValueError(f"the plan is a part of {type(model).__name__}: it cannot be taken away")
     for module in model.modules():
         _remove_hooks(module, looping)
         if module.__dict__.get("loopwise") is looping:

@@ -73,6 +73,8 @@ def materialize(model: nn.Module, plan: Plan | None = None) -> nn.Module:
     refuse_adapters(model)
     found = layer_list(base)
     plan.validate(len(found.layers))
+    if hasattr(found.owner, "make_passes"):
+        raise ValueError(f"{_refusal(base)}: its loops have components of their own")
     try:
         twin = build_model(base, expand_config(base.config, plan.layers, len(found.layers)))
     except Exception as error:  # whatever a configuration or model class says to a depth it does not expect
