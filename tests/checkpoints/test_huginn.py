@@ -180,3 +180,22 @@ def test_a_decoder_of_our_own_keeps_its_plan(golden):
     with pytest.raises(ValueError, match="components of their own"):
         loopwise.materialize(model)
     assert loopwise.plan_of(model) is not None
+
+
+@torch.no_grad()
+def test_catching_up_starts_from_the_given_state(golden):
+    _, model, inputs, _ = golden
+    ids_BT = inputs["input_ids"]
+    call = {"initial_state": torch.full((1,), 0.3), "use_cache": True}
+    loopwise.set_cache(model, "own", on_deeper="catch_up")
+    try:
+        cache = model(ids_BT[:, :-1], loops=1, **call).past_key_values
+        got = model(ids_BT[:, -1:], loops=3, past_key_values=cache, **call).logits
+        with pytest.raises(ValueError, match="per token"):
+            cache = model(ids_BT[:, :-1], loops=1, **call).past_key_values
+            state = torch.zeros(2, 2, model.config.hidden_size)
+            model(ids_BT[:, -2:], loops=3, past_key_values=cache, use_cache=True, initial_state=state)
+    finally:
+        loopwise.set_cache(model, "own")
+    want = model(ids_BT, loops=3, initial_state=call["initial_state"], use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(got, want, atol=TOLERANCE, rtol=0)

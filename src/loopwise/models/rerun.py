@@ -134,6 +134,11 @@ def _catch_up(owner: nn.Module, cache: Any, named: dict) -> None:
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
             raise ValueError("catching up to a deeper plan is not available here: it needs a 2-D attention mask")
         prefix["attention_mask"] = mask[:, : inputs_B1PD.shape[2]]
+    if named.get("loop_options"):
+        state = named["loop_options"].get("initial_state")
+        if state is not None and state.ndim == 3 and state.shape[1] > 1:
+            raise ValueError("catching up to a deeper plan is not available with an initial_state per token")
+        prefix["loop_options"] = named["loop_options"]
     prefix[next(name for name, value in named.items() if value is cache)] = cache
     cache.depth.clear(cache)
     owner(**prefix)
