@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from laws import assert_close, looping_plan
+from laws import assert_close
+from tests.models.common import BREADTH, LOOPED, logits, looped
 from tiny import tiny_inputs, tiny_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
@@ -15,35 +16,7 @@ import loopwise
 from loopwise.models.attach import set_hooks
 from loopwise.models.hub import layer_list
 
-BREADTH = [
-    "llama",
-    "gpt2",
-    "bloom",
-    "gemma3_text",
-    "mixtral",
-    "deepseek_v3",
-    "mamba",
-    "mamba2",
-    "recurrent_gemma",
-    "falcon_h1",
-    "zamba",
-    "qwen3_next",
-    "lfm2",
-    "opt",
-    "bert",
-]
-LOOPED = looping_plan(6)
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def looped(model_type="llama", plan=LOOPED, **options):
-    model = tiny_model(model_type)
-    return loopwise.attach(model, plan, **options), tiny_inputs(model)
-
-
-def logits(model, ids_BT, **options):
-    with torch.no_grad():
-        return model(ids_BT, **options).logits
 
 
 def anatomy(model):

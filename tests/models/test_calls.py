@@ -8,7 +8,8 @@ import threading
 
 import pytest
 import torch
-from laws import looping_plan, odd_plan
+from laws import odd_plan
+from tests.models.common import logits, looped
 from tiny import tiny_inputs, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -16,18 +17,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import loopwise
 from loopwise.models.attach import set_hooks
 from loopwise.models.hub import layer_list
-
-LOOPED = looping_plan(6)
-
-
-def looped(model_type="llama", plan=LOOPED, **options):
-    model = tiny_model(model_type)
-    return loopwise.attach(model, plan, **options), tiny_inputs(model)
-
-
-def logits(model, ids_BT, **options):
-    with torch.no_grad():
-        return model(ids_BT, **options).logits
 
 
 def in_another_thread(function):

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from laws import assert_close, looping_plan, odd_plan
+from laws import assert_close, odd_plan
+from tests.models.common import LOOPED
 from tiny import tiny_inputs, tiny_model
 from transformers import DynamicCache
 
@@ -15,7 +16,6 @@ import loopwise
 ATTENTION = ["llama", "gpt2", "bloom", "gemma3_text", "mixtral", "opt", "bert"]
 STATE = ["mamba", "mamba2", "recurrent_gemma", "falcon_h1", "zamba", "qwen3_next", "lfm2"]
 NEW_TOKENS = 8
-LOOPED = looping_plan(6)
 
 
 def looped(model_type, plan=LOOPED, **options):

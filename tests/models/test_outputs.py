@@ -4,41 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import assert_close, looping_plan
+from laws import assert_close
+from tests.models.common import BREADTH, LOOPED, logits, looped
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
-
-LOOPED = looping_plan(6)
-
-
-BREADTH = [
-    "llama",
-    "gpt2",
-    "bloom",
-    "gemma3_text",
-    "mixtral",
-    "deepseek_v3",
-    "mamba",
-    "mamba2",
-    "recurrent_gemma",
-    "falcon_h1",
-    "zamba",
-    "qwen3_next",
-    "lfm2",
-    "opt",
-    "bert",
-]
-
-
-def looped(model_type="llama", plan=LOOPED, **options):
-    model = tiny_model(model_type)
-    return loopwise.attach(model, plan, **options), tiny_inputs(model)
-
-
-def logits(model, ids_BT, **options):
-    with torch.no_grad():
-        return model(ids_BT, **options).logits
 
 
 @pytest.mark.parametrize("return_dict", [True, False])

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import assert_close, looping_plan, odd_plan
+from laws import assert_close, odd_plan
+from tests.models.common import LOOPED, logits
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
 from loopwise.models.hub import layer_list, text_config
 from loopwise.models.realise import expand_config
 
-LOOPED = looping_plan(6)
 # Layer 0 twice in a row, out of order, and layer 3 dropped: a list shifted by one, or left as it was, shows.
 SHUFFLED = "0 0 5 (1-2)x2 4"
 SOURCES = (0, 0, 5, 1, 2, 1, 2, 4)
 TYPES = ["llama", "gpt2", "bloom", "gemma3_text", "mixtral", "mamba", "mamba2", "recurrent_gemma", "falcon_h1", "zamba"]
 TYPES += ["qwen3_next", "lfm2", "opt", "bert", "llama4_text", "smollm3", "laguna", "nemotron_h", "granite_swa"]
-
-
-def logits(model, ids_BT, **options):
-    with torch.no_grad():
-        return model(ids_BT, **options).logits
 
 
 def storages(model):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from laws import assert_close, looping_plan, odd_plan
+from laws import assert_close, odd_plan
+from tests.models.common import LOOPED, looped
 from tiny import tiny_inputs, tiny_model
 from transformers import (
     AutoConfig,
@@ -23,7 +24,6 @@ from transformers import (
 import loopwise
 from loopwise.models.wrapper import CODE_FILE
 
-LOOPED = looping_plan(6)
 TYPES = [
     "llama",
     "gpt2",
@@ -85,11 +85,6 @@ def digest(model):
 def logits(model, ids_BT):
     with torch.no_grad():
         return model(ids_BT).logits
-
-
-def looped(model_type="llama", plan=LOOPED, **options):
-    model = tiny_model(model_type)
-    return loopwise.attach(model, plan, **options), tiny_inputs(model)
 
 
 def fresh_process(program, folders, home, *, isolated):

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from laws import assert_close, looping_plan
+from laws import assert_close
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.models.common import LOOPED
 from tiny import tiny_inputs, tiny_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -16,7 +17,6 @@ import loopwise
 from loopwise.models.hub import layer_list
 from loopwise.models.playing import looping_of
 
-LOOPED = looping_plan(6)
 CHECKPOINTED = [
     "llama",
     "gpt2",

@@ -25,8 +25,7 @@ class Visit:
         slot: where in the plan this visit happens; its layer is `slot.layer`.
         rows: int64 tensor `[b]` of batch rows that take part, or None for all.
         positions: int64 tensor of token indices that take part, `[t]` (the same for every row) or `[b, t]` (per row,
-            ascending),
-            or None for all. Tokens that do not take part are neither queries nor keys: they keep their state.
+            ascending), or None for all. Tokens left out are neither queries nor keys: they keep their state.
         with_grad: False runs the visit without recording a gradient.
         parts: where rows differ in how many of their tokens take part: visits of the same slot on disjoint rows, run
             one after another in the place of this one, possibly none. None runs the visit as it is.

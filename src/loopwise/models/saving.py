@@ -106,9 +106,8 @@ def save(model: nn.Module, folder: str | Path, *, format: str = "loopwise") -> N
         model: a model with a plan.
         folder: must not exist, or be empty.
         format: "loopwise" (the base model's tensors and a configuration of type loopwise), "auto_map" (the same with
-            one file of code that loads
-            without loopwise, through `trust_remote_code=True`), or "unroll" (the materialised model: plain
-            transformers).
+            one file of code that loads without loopwise, through `trust_remote_code=True`), or "unroll" (the
+            materialised model: plain transformers).
 
     Raises:
         ValueError: unknown format, the folder is taken, the model has no plan, carries adapters, or cannot be
