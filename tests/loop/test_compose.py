@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.train.ranks import on_ranks
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
 from loopwise.loop.compose import CAPABILITIES, matrix
 from loopwise.loop.halting import HazardHalting
+from loopwise.train.parallel import count_collectives, finish_backward, shard
 
 PLAN = "0 core:(1-4)x2 5"
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -190,6 +192,74 @@ def halting_and_adapters():
     assert torch.equal(tokens, generate(adapted, ids_BT, use_cache=False, **GREEDY, **HALT))
 
 
+def sharded_training(rank, build, prompt, options):
+    """Logits of a rank's own rows and the summed gradients under FSDP2, and the same without it; all-gathers."""
+    ids = [prompt(2), prompt(2).flip(1)]
+    plain, model = build(), shard(build())
+    for ids_BT in ids:
+        plain(ids_BT, labels=ids_BT, use_cache=False, **options).loss.backward()
+    with count_collectives() as found:
+        output = model(ids[rank], labels=ids[rank], use_cache=False, **options)
+        output.loss.backward()
+        finish_backward(model)
+    own = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert (own[name].grad is None) == (parameter.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(own[name].grad.full_tensor(), parameter.grad, atol=1e-6, rtol=1e-5)
+    assert torch.equal(output.logits, plain(ids[rank], use_cache=False, **options).logits)
+    return found.all_gathers
+
+
+def loop_and_sharding():
+    numbers = [on_ranks(sharded_training, looped, prompt, {"loops": loops}) for loops in (2, 16)]
+    assert numbers == [[4, 4], [4, 4]]  # root, prelude, core, coda
+
+
+def halting_and_sharding():
+    """Ranks whose tokens leave after different iterations gather no more often than others."""
+    assert on_ranks(sharded_training, halting, halting_prompt, HALT) == [2, 2]
+
+
+def routing_and_sharding():
+    assert on_ranks(sharded_training, routed, routed_prompt, {"select": "top"}) == [4, 4]
+
+
+def sharding_and_adapters():
+    assert on_ranks(sharded_training, adapted, prompt, {}) == [4, 4]
+
+
+def adapted():
+    return with_adapters(looped())
+
+
+def sharded_generation(rank, options):
+    """Ranks generate from prompts and to lengths of their own: once gathered, none waits for another."""
+    model, ids_BT = looped(), prompt(2 - rank) + rank
+    options = options | {"max_new_tokens": 5 + 4 * rank}
+    want = generate(model, ids_BT, **options)
+    return torch.equal(generate(shard(model), ids_BT, **options), want)
+
+
+def sampler_and_sharding():
+    for options in (SAMPLED, GREEDY | {"num_beams": 3}):
+        assert on_ranks(sharded_generation, options) == [True, True]
+
+
+def sharded_drafts(rank):
+    """Without `synced_gpus=False` transformers drafts on after the end wherever a rank is done before the other."""
+    model, ids_BT = looped(), prompt() + rank
+    assistant = loopwise.attach(tiny_model("llama"), "0 core:(1-4)x1 5")
+    want = generate(model, ids_BT, **GREEDY)
+    model = shard(model)
+    drafts = LOOKUP, GREEDY | {"assistant_model": assistant}
+    return [torch.equal(generate(model, ids_BT, synced_gpus=False, **options), want) for options in drafts]
+
+
+def speculation_and_sharding():
+    assert on_ranks(sharded_drafts) == [[True, True]] * 2
+
+
 def test_halting_with_routing_is_refused_by_name():
     model, ids_BT = routed(), routed_prompt()
     with pytest.raises(ValueError, match="halting|gate|rout"):
@@ -211,6 +281,12 @@ LAWS = {
     ("sampler", "speculation"): sampler_and_speculation,
     ("sampler", "adapters"): sampler_and_adapters,
     ("speculation", "adapters"): speculation_and_adapters,
+    ("loop", "sharding"): loop_and_sharding,
+    ("halting", "sharding"): halting_and_sharding,
+    ("routing", "sharding"): routing_and_sharding,
+    ("sampler", "sharding"): sampler_and_sharding,
+    ("speculation", "sharding"): speculation_and_sharding,
+    ("adapters", "sharding"): sharding_and_adapters,
 }
 
 

@@ -45,7 +45,7 @@ CAPABILITIES = (
     Capability(name="sampler", what="sampling and beam search of generate", built=True),
     Capability(name="speculation", what="prompt lookup and assisted generation", built=True),
     Capability(name="adapters", what="LoRA through PEFT, before or after attach", built=True),
-    Capability(name="sharding", what="FSDP2 with the loop as one unit"),
+    Capability(name="sharding", what="FSDP2 with the loop as one unit", built=True),
 )
 _REFUSED: dict[frozenset[str], str] = {
     frozenset(("halting", "routing")): "a loop with a router has no exit gate: its router already says who goes on",

@@ -5,6 +5,7 @@ A component is a frozen dataclass with a `kind` such as "update.concat": the axi
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import math
@@ -35,9 +36,9 @@ _HOMES = (
 class Component:
     """Base of every config of a loop component.
 
-    Fields hold JSON values only: bool, int, float, str, None, tuples of them, and other components. The type and
-    finiteness of each field is checked when the config is made; a subclass that checks ranges calls
-    `super().__post_init__()` first.
+    Fields hold JSON values only: bool, int, float, str, None, tuples of them, other components, and, where a field is
+    hinted `dict`, a JSON object that is kept as it is. The type and finiteness of each field is checked when the
+    config is made; a subclass that checks ranges calls `super().__post_init__()` first.
 
     Attributes:
         kind: "axis.choice", unique among all components; None on classes that only share code.
@@ -94,10 +95,11 @@ def from_dict(data: Mapping[str, Any], *, axis: str | None = None) -> Component:
         raise ValueError(f"unknown component {kind!r}{suggest(kind, known)}")
     component = known[kind]
     declared = {field.name: field for field in fields(component)}
-    values = {name: _rich(value) for name, value in data.items() if name != "kind"}
-    for name in values:
-        if name not in declared:
+    for name in data:
+        if name not in declared and name != "kind":
             raise ValueError(f"{kind}: unknown field {name!r}{suggest(name, declared)}")
+    hints = typing.get_type_hints(component)
+    values = {name: _rich(value, hints[name]) for name, value in data.items() if name != "kind"}
     for name, field in declared.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{kind}: field {name!r} is missing and has no default")
@@ -135,13 +137,20 @@ def _descendants(component: type[Component]) -> Iterator[type[Component]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Component):
         return to_dict(value)
+    if isinstance(value, dict):
+        return copy.deepcopy(value)
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _rich(value: Any) -> Any:
+def _rich(value: Any, hint: Any) -> Any:
     if isinstance(value, Mapping):
-        return from_dict(value)
-    return tuple(_rich(item) for item in value) if isinstance(value, list | tuple) else value
+        return copy.deepcopy(dict(value)) if _is_object(hint) else from_dict(value)
+    return tuple(_rich(item, None) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _is_object(hint: Any) -> bool:
+    """Whether a field of this type holds a JSON object as it is, and no component."""
+    return hint is dict or any(arg is dict for arg in typing.get_args(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -171,4 +180,6 @@ def _describe(hint: Any) -> str:
         return "None"
     if isinstance(hint, type) and issubclass(hint, Component):
         return "a component" if hint is Component else f"a component of type {hint.__name__}"
-    return {float: "a finite number", int: "an integer", bool: "true or false", str: "a text"}.get(hint, str(hint))
+    return {float: "a finite number", int: "an integer", bool: "true or false", str: "a text", dict: "an object"}.get(
+        hint, str(hint)
+    )

@@ -90,6 +90,10 @@ class LoopCounts:
         grad_B = total_B if max_grad is None else total_B.clamp(max=max_grad)
         return cls(no_grad_B=total_B - grad_B, grad_B=grad_B)
 
+    def rows(self, first: int, stop: int) -> LoopCounts:
+        """The counts of rows first to stop - 1: those of a rank or of a micro-batch."""
+        return LoopCounts(no_grad_B=self.no_grad_B[first:stop], grad_B=self.grad_B[first:stop])
+
     def active(self, iteration: int) -> torch.Tensor:
         """Which rows take part in the batch's iteration with this 0-based index, bool `[B]`."""
         batch = self.batch
@@ -346,8 +350,9 @@ class CurriculumDepth(DepthSampler):
         return sampler.sample(step, seed=seed, batch=batch)
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """A CPU generator whose state is a hash of (seed, step): neighbouring steps and seeds are unrelated."""
-    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+def step_generator(seed: int, step: int, purpose: str = "") -> torch.Generator:
+    """A CPU generator whose state is a hash of (seed, step, purpose): neighbours are unrelated."""
+    text = f"{seed}:{step}:{purpose}" if purpose else f"{seed}:{step}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     # manual_seed takes a signed 64-bit number
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -86,12 +86,11 @@ def execute(state_BTD: torch.Tensor, visits: Iterable[Visit], run: Run, hooks: S
         if visit is None:
             continue
         before_BTD = state_BTD
-        with torch.set_grad_enabled(torch.is_grad_enabled() and visit.with_grad):
-            for part in (visit,) if visit.parts is None else visit.parts:
-                if part.is_partial:
-                    state_BTD = scatter(state_BTD, run(part, gather(state_BTD, part)), part)
-                else:
-                    state_BTD = run(part, state_BTD)
+        for part in (visit,) if visit.parts is None else visit.parts:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and visit.with_grad):
+                part_btD = run(part, gather(state_BTD, part) if part.is_partial else state_BTD)
+            # What is left out keeps its gradient, whether or not the visit has one.
+            state_BTD = scatter(state_BTD, part_btD, part) if part.is_partial else part_btD
         for hook in hooks:
             state_BTD = hook.after(visit, before_BTD, state_BTD)
     return state_BTD

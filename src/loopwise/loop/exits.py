@@ -13,6 +13,7 @@ A rule says after which iteration a token leaves. What then happens is the calle
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -99,6 +100,12 @@ class Exits:
                 result_btD = torch.where(before.halted_BT[..., None], self._chosen, part_btD)
         self.state = _whole(self.state, after, visit)
         return self._go_on(part_btD, result_btD, before.halted_BT, after.halted_BT, last, exit)
+
+    def fork(self) -> Exits:
+        """A copy that goes on from here on its own."""
+        twin = copy.copy(self)
+        twin.gate_logits = list(self.gate_logits)
+        return twin
 
     def pass_over(self) -> None:
         """An iteration that no token runs."""

@@ -2,8 +2,8 @@
 
 Shapes: B batch rows, T tokens, R iterations.
 
-The formulas are in `loopwise.loop.readout`. Objectives that compare two forward passes (shortcut consistency,
-distillation) are functions there.
+The formulas are in `loopwise.loop.readout`. Where an objective compares two forward passes, the caller makes the second
+one (`ShortcutObjective`).
 """
 
 # ruff: noqa: N802, N815 -- shape suffixes in the names of fields
@@ -17,6 +17,7 @@ import torch
 
 from loopwise.loop import readout
 from loopwise.loop.config import Component
+from loopwise.loop.depth import step_generator
 from loopwise.loop.halting import exit_log_pdf
 
 
@@ -45,9 +46,11 @@ class Objective(Component):
 
     Attributes:
         every_iteration: class attribute, whether losses of earlier iterations are read (else R may be 1).
+        needs_gate: class attribute, whether the stopping probabilities are read.
     """
 
     every_iteration: ClassVar[bool] = True
+    needs_gate: ClassVar[bool] = False
 
     def loss(self, terms: Terms) -> torch.Tensor:
         """The scalar to minimise.
@@ -116,6 +119,7 @@ class ExpectedObjective(Objective):
     """Expected loss under the gate minus `beta` times its entropy: first stage of Ouro (2510.25741)."""
 
     kind: ClassVar[str | None] = "readout.expected"
+    needs_gate: ClassVar[bool] = True
     beta: float = 0.1
 
     def loss(self, terms: Terms) -> torch.Tensor:
@@ -129,6 +133,7 @@ class GateObjective(Objective):
     """The gate alone, from the gain of each iteration: second stage of Ouro; see `readout.gate_loss`."""
 
     kind: ClassVar[str | None] = "readout.gate"
+    needs_gate: ClassVar[bool] = True
     slope: float = 50.0
     margin: float = 0.005
 
@@ -154,6 +159,7 @@ class PonderObjective(Objective):
     """
 
     kind: ClassVar[str | None] = "readout.ponder"
+    needs_gate: ClassVar[bool] = True
     beta: float = 0.01
     rate: float = 0.2
 
@@ -184,3 +190,56 @@ class ActObjective(Objective):
             raise ValueError("readout.act: ponder_BT is missing; give the loop halting.act or use readout.final")
         task = readout.final(terms.losses_RBT, terms.mask_BT, num_items=terms.num_items)
         return task + self.weight * readout.ponder_cost(terms.ponder_BT, terms.mask_BT, num_items=terms.num_items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortcutObjective(FinalObjective):
+    """The final loss, that of a random shorter schedule, and their difference in state (LoopFormer, 2602.11451).
+
+    `loss` is the long schedule's alone; the caller runs `short` iterations besides and calls `join`.
+
+    Attributes:
+        short_weight: weight of the loss of the shorter schedule.
+        consistency_weight: weight of the squared difference of the states after the final norm; no gradient flows into
+            that of the long schedule.
+        low: fewest iterations of the shorter schedule, at least 1.
+    """
+
+    kind: ClassVar[str | None] = "readout.shortcut"
+    short_weight: float = 0.1
+    consistency_weight: float = 0.1
+    low: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("short_weight", "consistency_weight"):
+            self.require(getattr(self, name) >= 0, name, "must be at least 0")
+        self.require(self.low >= 1, "low", "must be at least 1")
+
+    def short(self, total: int, *, seed: int, step: int) -> int | None:
+        """A number of iterations from `low` to `total - 1`, all equally likely, a function of (seed, step); or None."""
+        if total <= self.low:
+            return None
+        generator = step_generator(seed, step, "shortcut")
+        return int(torch.randint(self.low, total, (), generator=generator))
+
+    def join(self, long: Terms, short: Terms, long_BTD: torch.Tensor, short_BTD: torch.Tensor) -> torch.Tensor:
+        """The whole loss, a scalar; see `readout.shortcut`.
+
+        Args:
+            long: what the forward of the long schedule offers.
+            short: that of the shorter one, of the same tokens.
+            long_BTD: output of the long schedule after the final norm, floating `[B, T, D]`.
+            short_BTD: that of the shorter one.
+        """
+        return readout.shortcut(
+            self.loss(long),
+            self.loss(short),
+            long_BTD,
+            short_BTD,
+            short_weight=self.short_weight,
+            consistency_weight=self.consistency_weight,
+            mask_BT=long.mask_BT,
+            num_items=long.num_items,
+        )

@@ -13,6 +13,7 @@ while the executor plays the plan, so the layers in between know nothing of them
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -24,9 +25,10 @@ from loopwise.loop.config import Component
 from loopwise.loop.execute import Hook, Visit, gather, scatter
 from loopwise.loop.exits import ON_EXIT, Exits, running_parts
 from loopwise.loop.routing import Routing, is_routed
-from loopwise.loop.state import InputState, StateInit, make
+from loopwise.loop.rows import RowDepths
+from loopwise.loop.state import InputState, RowSeeds, StateInit, make
 from loopwise.loop.update import Update
-from loopwise.loop.window import GradientWindow, Last
+from loopwise.loop.window import GradientWindow, Last, by_name
 from loopwise.plan.plans import Plan
 
 
@@ -100,10 +102,11 @@ class Passes:
         modules: loop modules by loop name; loops without one carry their state on unchanged.
         streams: initial values of named streams, each `[B, T, D]`.
         initial_state: first state of the loops of one-state form, broadcastable to `[B, T, D]`.
-        generator: source of random first states.
+        generator: source of random first states and random exits, or seeds of one per row.
         schedule: step sizes `[R]` of the iterations, for conditioners; default 1/R each.
         collect: name of the loop whose state after every iteration is kept in `states`.
-        window: by loop name, replaces the `grad` of the modules for this forward.
+        window: by loop name, or of the main loop, replaces the `grad` of the modules for this forward.
+        rows: a depth of its own for every row, for the main loop.
         halting: replaces the `halting` of all modules with a gate for this forward.
         on_exit: replaces the `on_exit` of the modules for this forward.
         select: how loops with expert choice select, "top" or "threshold", for this forward.
@@ -126,10 +129,11 @@ class Passes:
         *,
         streams: Mapping[str, torch.Tensor] | None = None,
         initial_state: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | RowSeeds | None = None,
         schedule: torch.Tensor | None = None,
         collect: str | None = None,
-        window: Mapping[str, Last] | None = None,
+        window: int | Mapping[str, Last] | None = None,
+        rows: RowDepths | None = None,
         halting: Component | None = None,
         on_exit: str | None = None,
         select: str | None = None,
@@ -141,10 +145,16 @@ class Passes:
         self.position_ids: torch.Tensor | None = None
         self._schedule = schedule
         self._turns = turns_of(plan) if modules or collect else {}
-        self._initial_state, self._generator, self._collect = initial_state, generator, collect
+        self._initial_state, self._source, self._collect = initial_state, generator, collect
+        self._generator = generator.common() if isinstance(generator, RowSeeds) else generator
         last = {name: module.grad for name, module in modules.items() if isinstance(module, LoopModule)}
-        last = {name: count for name, count in last.items() if count is not None} | dict(window or {})
-        self.hooks: list[Hook] = [GradientWindow(plan, last)] if last else []
+        last = {name: count for name, count in last.items() if count is not None}
+        asked = {} if window is None else by_name(plan, window)
+        self.hooks: list[Hook] = [GradientWindow(plan, last | asked)] if last or asked else []
+        self._rows = rows
+        if rows is not None:
+            self._refuse_rows(plan, collect, halting)
+            self.hooks.append(rows)
         self._with_grad = torch.is_grad_enabled()
         if on_exit not in (None, *ON_EXIT):
             raise ValueError(f"on_exit={on_exit!r}: use {' or '.join(ON_EXIT)}")
@@ -167,6 +177,21 @@ class Passes:
         self._entered: dict[tuple[int, ...], torch.Tensor] = {}
         self._carried: dict[tuple[int, ...], torch.Tensor] = {}
 
+    def fork(self) -> Passes:
+        """A copy that goes on from here on its own, for running visits again; loops with routers have none."""
+        assert self.routing is None
+        twin = copy.copy(self)
+        for name in ("streams", "arguments", "exits", "_entered", "_carried"):
+            setattr(twin, name, dict(getattr(self, name)))
+        twin.states = list(self.states)
+        twin._runs = {path: (run, exits.fork()) for path, (run, exits) in self._runs.items()}
+        return twin
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Source of random first states and random exits."""
+        return self._generator
+
     def begin(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
         """What the layer of a visit reads, from the state that reaches it (both the visit's part `[b, t, D]`)."""
         turns = self._turns.get(visit.slot.key)
@@ -176,19 +201,15 @@ class Passes:
                 continue
             if module.stream is not None:
                 part_btD = gather(self.streams[module.stream], visit)
-            elif turn.is_first:
-                # What re-enters later iterations keeps its gradient, whether or not the first one carries one.
-                with torch.set_grad_enabled(self._with_grad):
-                    entered_btD = module.entry(part_btD)
-                self._entered[turn.path] = _put(self._entered.get(turn.path), entered_btD, visit, num_rows, num_tokens)
-                part_btD = self._start(module, entered_btD, visit)
+            else:
+                part_btD = self._enter(turn, module, visit, part_btD, num_rows, num_tokens)
             self._carried[turn.path] = _put(self._carried.get(turn.path), part_btD, visit, num_rows, num_tokens)
             part_btD = module.update(part_btD, self._injected(turn, module, visit), **_where(turn))
             if module.conditioner is not None:
                 self.arguments["conditioning"] = self._conditioning(module.conditioner, turn, part_btD)
             if module.signal is not None:
                 positions = self._positions(visit, part_btD, num_rows, num_tokens)
-                part_btD = part_btD + module.signal(part_btD, turn.iteration, positions)
+                part_btD = part_btD + self._signal(turn, module.signal, visit, part_btD, positions)
             exits = self._exits(turn, module, visit)
             if exits is not None:
                 exits.enter(visit, part_btD, num_rows, num_tokens)
@@ -212,11 +233,69 @@ class Passes:
             exits = None if module is None else self._exits(turn, module, visit)
             if module is not None and exits is not None:
                 part_btD = exits.leave(visit, part_btD, num_rows, num_tokens, last=turn.is_last, exit=module.exit)
-            elif module is not None and turn.is_last:
-                part_btD = module.exit(part_btD)
+            elif module is not None:
+                part_btD = self._leave(turn, module, visit, part_btD)
             if module is not None and turn.is_last and not visit.is_partial:
                 self.arguments.clear()
         return part_btD
+
+    def _refuse_rows(self, plan: Plan, collect: str | None, halting: Component | None) -> None:
+        """Name what has no meaning where every row has a depth of its own."""
+        for name, module in self.modules.items():
+            assert isinstance(module, LoopModule)
+            reason = None
+            if is_routed(module):
+                reason = "routers"
+            elif module.conditioner is not None:
+                reason = "a conditioner, which tells all rows the same time"
+            elif module.gate is not None and (halting or module.halting or name == collect):
+                reason = "an exit gate at work"
+            if reason:
+                raise ValueError(f"loop {name!r} has {reason}: use one depth for the batch (per='batch')")
+
+    def _signal(
+        self, turn: Turn, signal: nn.Module, visit: Visit, part_btD: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What a signal adds: each row is in an iteration of its own where rows have depths of their own."""
+        own_b = None if self._rows is None else self._rows.iterations(turn, visit)
+        if own_b is None:
+            return signal(part_btD, turn.iteration, positions)
+        own_b, added_btD = own_b.to(part_btD.device), torch.zeros_like(part_btD)
+        for iteration in own_b.unique().tolist():
+            index = (own_b == iteration).nonzero()[:, 0]
+            at = positions if len(positions) == 1 else positions[index]
+            part = signal(part_btD[index], iteration, at).expand(len(index), -1, -1)
+            added_btD = added_btD.index_put((index,), part.to(added_btD.dtype))
+        return added_btD
+
+    def _enter(
+        self, turn: Turn, module: LoopModule, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int
+    ) -> torch.Tensor:
+        """Keep what re-enters and make the first state, for the rows of a visit that are in their first iteration."""
+        index = None if self._rows is None else self._rows.starting(turn, visit)
+        if not (turn.is_first if index is None else len(index)):
+            return part_btD
+        if index is None or len(index) == len(part_btD):
+            begins, first_btD = visit, part_btD
+        else:
+            index = index.to(part_btD.device)
+            begins, first_btD = replace(visit, rows=index if visit.rows is None else visit.rows[index]), part_btD[index]
+        # What re-enters later iterations keeps its gradient, whether or not the first one carries one.
+        with torch.set_grad_enabled(self._with_grad):
+            entered_btD = module.entry(first_btD)
+            self._entered[turn.path] = _put(self._entered.get(turn.path), entered_btD, begins, num_rows, num_tokens)
+        started_btD = self._start(module, entered_btD, begins)
+        return started_btD if begins is visit else part_btD.index_put((index,), started_btD.to(part_btD.dtype))
+
+    def _leave(self, turn: Turn, module: LoopModule, visit: Visit, part_btD: torch.Tensor) -> torch.Tensor:
+        """Apply the exit to the rows of a visit that are in their last iteration."""
+        index = None if self._rows is None else self._rows.ending(turn, visit)
+        if index is None or len(index) == len(part_btD):
+            return module.exit(part_btD) if turn.is_last or index is not None else part_btD
+        if len(index) == 0:
+            return part_btD
+        index = index.to(part_btD.device)
+        return part_btD.index_put((index,), module.exit(part_btD[index]).to(part_btD.dtype))
 
     def _route(self, routing: Routing) -> None:
         if self.skips:
@@ -329,10 +408,12 @@ class Passes:
         return name is not None and name in self.modules and is_routed(self.modules[name])
 
     def _start(self, module: LoopModule, entered_btD: torch.Tensor, visit: Visit) -> torch.Tensor:
-        given = self._initial_state
+        given, source = self._initial_state, self._source
         if given is not None and given.ndim == 3 and visit.is_partial:
             given = gather(given, visit)
-        return make(module.state, entered_btD, initial_state=given, generator=self._generator)
+        if isinstance(source, RowSeeds):
+            source = source.at(visit.slot.key, visit.rows)
+        return make(module.state, entered_btD, initial_state=given, generator=source)
 
     def _conditioning(self, conditioner: nn.Module, turn: Turn, part_btD: torch.Tensor) -> torch.Tensor:
         count = turn.loop.count

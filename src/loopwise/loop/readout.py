@@ -193,6 +193,7 @@ def shortcut(
     short_weight: float = 0.1,
     consistency_weight: float = 0.1,
     mask_BT: torch.Tensor | None = None,
+    num_items=None,
 ) -> torch.Tensor:
     """`L_long + 0.1 L_short + 0.1 MSE(stopgrad(long), short)`, a scalar: LoopFormer (2602.11451).
 
@@ -204,9 +205,10 @@ def shortcut(
         short_weight: weight of the short loss.
         consistency_weight: weight of the squared difference.
         mask_BT: tokens whose outputs are compared; all, as published, if None.
+        num_items: see the top of the file; read where there is a mask.
     """
     square_BT = (long_BTD.detach() - short_BTD).square().mean(-1)
-    consistency = square_BT.mean() if mask_BT is None else masked_mean(square_BT, mask_BT)
+    consistency = square_BT.mean() if mask_BT is None else masked_mean(square_BT, mask_BT, num_items)
     return long_loss + short_weight * short_loss + consistency_weight * consistency
 
 

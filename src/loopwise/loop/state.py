@@ -5,9 +5,10 @@ Shapes: B batch rows, T tokens, D width. `e_BTD` is the injected tensor (the out
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -81,12 +82,57 @@ class GivenState(StateInit):
     kind: ClassVar[str | None] = "state.given"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowSeeds:
+    """Seeds of random first states in training: a row's state is a function of (seed, step, row) and of its loop alone.
+
+    It does not depend on the micro-batch or the rank that the row is in, and drawing it again gives it again.
+
+    Attributes:
+        seed: of the run.
+        step: index of the optimizer step.
+        rows: numbers of the rows in the batch of the step.
+        place: what further tells draws of the same step apart.
+    """
+
+    seed: int
+    step: int
+    rows: tuple[int, ...]
+    place: str = ""
+
+    def at(self, place: Any, index: torch.Tensor | None = None) -> RowSeeds:
+        """The seeds of the rows at an index, int64 `[b]` (None: all), for draws at another place."""
+        rows = self.rows if index is None else tuple(self.rows[row] for row in index.tolist())
+        return replace(self, rows=rows, place=str(place))
+
+    def common(self) -> torch.Generator:
+        """One generator for draws that rows share."""
+        return self._generator(self.rows[0], torch.device("cpu"))
+
+    def draw(self, config: NormalState, e_BTD: torch.Tensor) -> torch.Tensor:
+        """The first state of `config` for every row of `e_BTD`, in its shape, dtype and device.
+
+        Raises:
+            ValueError: there are more or fewer rows than seeds.
+        """
+        if len(self.rows) != len(e_BTD):
+            raise ValueError(f"state.normal: seeds of {len(self.rows)} rows for a batch of {len(e_BTD)}")
+        generators = [self._generator(row, e_BTD.device) for row in self.rows]
+        return torch.stack([_draw(config, e_TD, own) for e_TD, own in zip(e_BTD, generators, strict=True)])
+
+    def _generator(self, row: int, device: torch.device) -> torch.Generator:
+        text = f"{self.seed}:{self.step}:{row}:{self.place}"
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        # manual_seed takes a signed 64-bit number
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
 def make(
     config: StateInit,
     e_BTD: torch.Tensor,
     *,
     initial_state: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | RowSeeds | None = None,
 ) -> torch.Tensor:
     """The state before the first iteration.
 
@@ -96,7 +142,8 @@ def make(
         initial_state: used in place of the config's own start whatever the config is; any shape that broadcasts to
             that of `e_BTD` (`[D]`, `[T, D]`, `[B, T, D]`), cast to its dtype and device. Gradients flow into it.
         generator: source of the random draw. The draw is made in float32 on the generator's device and then cast, so
-            that it does not depend on where and in which dtype the model runs.
+            that it does not depend on where and in which dtype the model runs. `RowSeeds` draw on
+            the device of the model.
 
     Returns:
         The state, same shape, dtype and device as `e_BTD`.
@@ -129,9 +176,11 @@ def _given(initial_state: torch.Tensor, e_BTD: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"initial_state has shape {given}, which does not broadcast to {wanted}") from None
 
 
-def _draw(config: NormalState, e_BTD: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def _draw(config: NormalState, e_BTD: torch.Tensor, generator: torch.Generator | RowSeeds | None) -> torch.Tensor:
     if generator is None:
         raise ValueError("state.normal: generator is None; pass a torch.Generator, or set scale=0 to start from zeros")
+    if isinstance(generator, RowSeeds):
+        return generator.draw(config, e_BTD)
     draw_BTD = torch.empty(e_BTD.shape, dtype=torch.float32, device=generator.device)
     limit = 3 * config.std
     torch.nn.init.trunc_normal_(draw_BTD, std=config.std, a=-limit, b=limit, generator=generator)

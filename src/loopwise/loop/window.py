@@ -10,7 +10,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -19,7 +19,7 @@ import torch
 
 from loopwise.loop.boundary import SlotKey
 from loopwise.loop.execute import Visit
-from loopwise.plan.nodes import Loop, Slot
+from loopwise.plan.nodes import Loop, Node, Slot
 from loopwise.plan.plans import Plan
 
 Last: TypeAlias = int | Sequence[int]
@@ -31,17 +31,19 @@ class GradientWindow:
     Args:
         plan: the plan that is played.
         last: by loop name, how many of its last iterations carry a gradient, at least 0; a sequence of numbers is read
-            from its end, one per iteration of the loop around it, and its first number also holds for earlier ones.
+            from its end, one per iteration of the loop around it, and its first number also holds for earlier ones. A
+            bare number is meant for the main loop, see `main_loop`.
 
     Raises:
         ValueError: a loop that the plan lacks, a number that is not a whole one of at least 0, or a sequence for a
             loop with none around it.
     """
 
-    def __init__(self, plan: Plan, last: Mapping[str, Last]):
-        checked = tuple((name, check_last(name, value)) for name, value in last.items())
+    def __init__(self, plan: Plan, last: int | Mapping[str, Last]):
+        named = by_name(plan, last)
+        checked = tuple((name, check_last(name, value)) for name, value in named.items())
         for name, _ in checked:
-            if name not in plan.loops:
+            if name not in plan.loops and (name or main_loop(plan)[1].name is not None):
                 raise ValueError(f"gradient window: the plan has no loop {name!r}; named are {', '.join(plan.loops)}")
         self._without = _without_gradient(plan, checked)
 
@@ -52,6 +54,37 @@ class GradientWindow:
     def after(self, visit: Visit, before_BTD: torch.Tensor, state_BTD: torch.Tensor) -> torch.Tensor:
         """The state as it is."""
         return state_BTD
+
+
+def main_loop(plan: Plan) -> tuple[tuple[int, ...], Loop]:
+    """The loop that a bare number of iterations is meant for: the only one of a plan, or else the one named core.
+
+    Returns:
+        Its node position in the plan, and the node.
+
+    Raises:
+        ValueError: the plan has no loop, or several and none is named core.
+    """
+    found = list(_loops(plan.nodes))
+    chosen = found if len(found) == 1 else [item for item in found if item[1].name == "core"]
+    if not chosen:
+        many = "has no loop" if not found else f"has {len(found)} loops and none is named core"
+        raise ValueError(f"the plan {plan} {many}: name one, such as 0-1 core:(2-5)x4 6-7")
+    return chosen[0]
+
+
+def by_name(plan: Plan, last: int | Mapping[str, Last]) -> dict[str, Last]:
+    """A window by loop name; a bare number is that of the main loop, whose name is "" where it has none."""
+    if isinstance(last, Mapping):
+        return dict(last)
+    return {main_loop(plan)[1].name or "": last}
+
+
+def _loops(nodes: tuple[Node, ...], path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Loop]]:
+    for index, node in enumerate(nodes):
+        if isinstance(node, Loop):
+            yield (*path, index), node
+            yield from _loops(node.body, (*path, index))
 
 
 def check_last(name: str, last: Any) -> int | tuple[int, ...]:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from loopwise.cache.policy import CachePolicy
+from loopwise.loop.depth import LoopCounts
 from loopwise.loop.execute import Hook
 from loopwise.models.hub import (
     LayerList,
@@ -44,7 +45,9 @@ def attach(
 
     The model is changed in place and returned. It is first tried on a few tokens: under the identity plan its logits
     must be bit for bit what they were. `generate`, training, `save_pretrained`, PEFT and deepcopy go on working;
-    `model(input_ids, loops=2)` and `model.generate(..., loops=2)` change the iteration count of one call.
+    `model(input_ids, loops=2)` and `model.generate(..., loops=2)` change the iteration count of one call. In training,
+    `model(input_ids, loops=8, window=2)` lets the last two iterations carry a gradient; loops may also be a `LoopCount`
+    (both numbers in one) or `LoopCounts` (a depth for every row of the batch).
 
     Args:
         model: a transformers causal language model, or one wrapped by PEFT.
@@ -134,13 +137,20 @@ def set_hooks(model: nn.Module, hooks: Sequence[Hook]) -> nn.Module:
 
     The model is run on a few tokens to learn how to slice its arguments.
     """
-    looping = _looping(model)
-    if hooks and not looping.axes:
-        with eval_mode(model), _identity(looping, ()):
-            owner = next(m for m in model.modules() if m.__dict__.get("loopwise") is looping)
-            looping.axes = learn_axes(model, cast(nn.ModuleList, owner._modules[looping.name]))
-    looping.hooks = list(hooks)
+    if hooks:
+        learn_rows(model)
+    _looping(model).hooks = list(hooks)
     return model
+
+
+def learn_rows(model: nn.Module) -> None:
+    """Learn, once, how to slice the arguments of a model's layers to some rows and tokens, by running a few tokens."""
+    looping = _looping(model)
+    if looping.axes:
+        return
+    with eval_mode(model), _identity(looping, ()):
+        owner = next(m for m in model.modules() if m.__dict__.get("loopwise") is looping)
+        looping.axes = learn_axes(model, cast(nn.ModuleList, owner._modules[looping.name]))
 
 
 class Generate:
@@ -159,23 +169,26 @@ class Generate:
 
 
 class PerCallLoops:
-    """Hooks on the model itself: take `loops=` out of a call's arguments and hand it to the decoder for that call."""
+    """Hooks on the model itself: take `loops=` and `window=` out of a call's arguments and hand them to the decoder."""
 
     def __init__(self, looping: Looping):
         self.looping = looping
 
-    def begin(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the model."""
-        self.looping.loops = None
-        if "loops" not in kwargs:
+        self.looping.loops = self.looping.window = None
+        if "loops" not in kwargs and "window" not in kwargs:
             return None
         kwargs = dict(kwargs)
-        self.looping.loops = kwargs.pop("loops")
+        loops, window = kwargs.pop("loops", None), kwargs.pop("window", None)
+        if isinstance(loops, LoopCounts):
+            learn_rows(model)
+        self.looping.loops, self.looping.window = loops, window
         return args, kwargs
 
     def end(self, _: nn.Module, __: tuple, ___: Any) -> None:
         """Forward post-hook of the model, called after errors too."""
-        self.looping.loops = None
+        self.looping.loops = self.looping.window = None
 
 
 def _calibrate(model: nn.Module, plan: Plan) -> tuple[LayerList, Looping, bool]:

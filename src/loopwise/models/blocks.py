@@ -82,6 +82,8 @@ class BlockConfig:
         mlp: the MLP over the width.
         norm: every norm of the block.
         placement: where the norms stand, see the top of this file.
+        norm_scale: factor on what the norms before mixer and MLP give, such as 1 / sqrt(depth) (2502.05795).
+        branch_scale: factor on what the residual step adds to the state, such as 1 / depth (2505.01618).
         adaln: conditioning by a vector, with placement "pre" only; None has none.
     """
 
@@ -90,12 +92,16 @@ class BlockConfig:
     mlp: MLPConfig
     norm: NormConfig = field(default_factory=NormConfig)
     placement: str = "pre"
+    norm_scale: float = 1.0
+    branch_scale: float = 1.0
     adaln: AdaLNConfig | None = None
 
     def __post_init__(self) -> None:
         fields.check_types(self)
         fields.check_counts(self, "hidden_size")
         fields.check_choice(self, "placement", PLACEMENTS)
+        if self.norm_scale != 1 and not PLACEMENTS[self.placement][0]:
+            fields.refuse(self, "norm_scale", f"placement {self.placement!r} has no norm before the function; use 1")
         if self.adaln is not None and self.placement != "pre":
             fields.refuse(self, "placement", "adaln scales a normed input and gates the branch; use placement 'pre'")
         if self.adaln is not None and isinstance(self.mixer, TokenMixerConfig):
@@ -232,12 +238,17 @@ class Block(GradientCheckpointingLayer):
         modulation: Modulation | None,
     ) -> torch.Tensor:
         """One residual step, as the placement says."""
+        config = self.block_config
         branch = state if norm_in is None else norm_in(state)
+        if config.norm_scale != 1:
+            branch = branch * config.norm_scale
         if modulation is not None:
             scale, gate = modulation
             branch = gate * function(branch * (1 + scale))
         else:
             branch = function(branch)
-        if norm_out is None:
-            return state + branch
-        return state + norm_out(branch) if self.norms_the_branch else norm_out(state + branch)
+        if norm_out is not None and self.norms_the_branch:
+            branch, norm_out = norm_out(branch), None
+        if config.branch_scale != 1:
+            branch = branch * config.branch_scale
+        return state + branch if norm_out is None else norm_out(state + branch)

@@ -16,9 +16,11 @@ from transformers import GenerationMixin
 from loopwise.loop import config as components
 from loopwise.loop.config import Component
 from loopwise.loop.route import ExpertRouters
+from loopwise.loop.state import RowSeeds
 from loopwise.models.decoder import LoopwiseModel, LoopwisePreTrainedModel, collected_loop
 from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.hub import CausalLMOutputWithPast
+from loopwise.models.playing import Loops, Window
 
 
 @dataclass
@@ -35,6 +37,8 @@ class LoopwiseOutput(CausalLMOutputWithPast):
         ponder: ponder cost of each token `[B, T]`, for adaptive computation time.
         routes: what the routers chose, on request: a `Selection` for every iteration with expert choice, a
             `DepthChoice` for token choice (`loopwise.loop.route`).
+        route_loss: what training adds to the loss for the routers, a scalar; None where there are none.
+        last_hidden_state: what the head reads, `[B, T, D]`.
     """
 
     loop_states: tuple[torch.Tensor, ...] | None = None
@@ -44,6 +48,8 @@ class LoopwiseOutput(CausalLMOutputWithPast):
     exits: torch.Tensor | None = None
     ponder: torch.Tensor | None = None
     routes: tuple | None = None
+    route_loss: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
 
 
 class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
@@ -68,9 +74,10 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        loops: int | Mapping[str, int] | None = None,
+        loops: Loops = None,
+        window: Window = None,
         initial_state: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | RowSeeds | None = None,
         schedule: torch.Tensor | None = None,
         output_loops: bool | str = False,
         halting: Component | Mapping[str, Any] | None = None,
@@ -90,8 +97,12 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
                 all of them in the first call of a cache.
             labels: int64 `[B, T]`, -100 is ignored; gives the shifted cross-entropy `loss`.
             use_cache: return a cache.
-            logits_to_keep: number of last positions, or indices, that get logits; 0 for all.
-            loops: iteration counts of this call.
+            logits_to_keep: number of last positions, or their indices, that get logits; 0 for all. A bool tensor
+                `[B, T]` selects single tokens, whose logits are `[N, V]` in the order of the rows.
+            loops: iteration counts of this call; a `LoopCount` also says which iterations carry a gradient,
+                `LoopCounts` give every row of the batch a depth of its own.
+            window: how many of the last iterations carry a gradient, of the main loop or by loop name; the values are
+                the same. None is that of the configuration.
             initial_state: first state of the loop, broadcastable to `[B, T, D]`.
             generator: source of a random first state; needed where the loop starts at random, unless a state is given.
             schedule: step sizes of the iterations `[R]`, for loops conditioned on time.
@@ -121,12 +132,12 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
             token_type_ids=token_type_ids,
             use_cache=self.config.use_cache if use_cache is None else use_cache,
             loops=loops,
+            window=window,
             loop_options=options,
             **kwargs,
         )
         self.model.passes = None
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
+        logits = self.lm_head(_kept(output.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -138,12 +149,14 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             loop_states=output.loop_states,
-            loop_logits=self._loop_logits(collect, output.loop_states, keep),
+            loop_logits=self._loop_logits(collect, output.loop_states, logits_to_keep),
             gates=None if output.gate_logits is None else output.gate_logits.sigmoid(),
             gate_logits=output.gate_logits,
             exits=output.exits,
             ponder=output.ponder,
             routes=output.routes if collect else None,
+            route_loss=output.route_loss,
+            last_hidden_state=output.last_hidden_state,
         )
 
     @property
@@ -160,7 +173,7 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
     def _loop_logits(self, name: str | None, states: Any, keep: Any) -> tuple[torch.Tensor, ...] | None:
         if name is None:
             return None
-        read = [self.model.read_out(name, state_BTD[:, keep]) for state_BTD in states]
+        read = [self.model.read_out(name, _kept(state_BTD, keep)) for state_BTD in states]
         return tuple(self.lm_head(state_BTD) for state_BTD in read) if read[0] is not None else None
 
     @staticmethod
@@ -183,3 +196,10 @@ class LoopwiseForCausalLM(LoopwisePreTrainedModel, GenerationMixin):
             added = model_kwargs["token_type_ids"].shape[-1] - prompt.shape[-1]
             model_kwargs["token_type_ids"] = torch.cat([prompt, prompt.new_zeros(*prompt.shape[:-1], added)], dim=-1)
         return model_kwargs
+
+
+def _kept(states_BTD: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The states that the head reads, see `logits_to_keep`."""
+    if isinstance(keep, int):
+        return states_BTD[:, slice(-keep, None)]
+    return states_BTD[keep] if keep.dtype == torch.bool else states_BTD[:, keep]

@@ -10,23 +10,31 @@ Shapes: B batch rows, T tokens, D width.
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import nn
 
 from loopwise.cache.depth import DepthCache
 from loopwise.cache.policy import CachePolicy
+from loopwise.loop.depth import LoopCount, LoopCounts
 from loopwise.loop.execute import Hook, Visit, execute
+from loopwise.loop.rows import RowDepths
+from loopwise.loop.window import GradientWindow, Last
 from loopwise.models.hub import find_cache, past_length, place_output_hooks, refuse_foreign_cache, with_view
-from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs
+from loopwise.models.recompute import Recompute, play_recomputed, run_recomputed
+from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs, without_cache
 from loopwise.models.slicing import Axes, slice_call
 from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
+
+Loops: TypeAlias = int | Mapping[str, int] | LoopCount | LoopCounts | None
+Window: TypeAlias = int | Mapping[str, Last] | None
 
 
 class Passes(Protocol):
@@ -45,6 +53,10 @@ class Passes(Protocol):
 
     def end(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
         """What goes on."""
+        ...
+
+    def fork(self) -> Passes:
+        """A copy that goes on from here on its own."""
         ...
 
 
@@ -94,6 +106,7 @@ class Frame:
         *,
         rerun: Rerun | None = None,
         passes: Passes | None = None,
+        hooks: Sequence[Hook] = (),
         collect_states: bool = False,
     ):
         self.looping = looping
@@ -102,6 +115,7 @@ class Frame:
         self.layers = cast(nn.ModuleList, owner._modules[looping.name])
         self.rerun = rerun
         self.passes = passes
+        self.hooks = [*hooks, *looping.hooks]
         self.hidden = torch.empty(0)
         self.played = self.hidden
         self.calls: list[tuple[tuple, dict]] = []
@@ -110,6 +124,14 @@ class Frame:
         self.states: list[torch.Tensor] | None = [] if collect_states else None
         self.cache: Any = None
         self.depth: DepthCache | None = None
+        self.recompute_layers = False
+
+    def fork(self) -> Frame:
+        """A frame that goes on from here on its own: what it notes on the way is not noted in this one."""
+        twin = copy.copy(self)
+        twin.extras, twin.states = dict(self.extras), None
+        twin.passes = None if self.passes is None else self.passes.fork()
+        return twin
 
     def record(self, index: int, args: tuple, kwargs: dict) -> Any:
         """Keep a layer's arguments; at the last layer, play the plan. Returns what the layer would return."""
@@ -145,8 +167,11 @@ class Frame:
                 self.passes.may_skip = self.depth.lets_leave(num_tokens)
         if self.states is not None:
             self.states.append(self.hidden)
-        hooks = [*getattr(self.passes, "hooks", ()), *self.looping.hooks]
-        state_BTD = execute(self.hidden, (Visit(slot=slot) for slot in slots), self.run, hooks)
+        hooks = [*getattr(self.passes, "hooks", ()), *self.hooks]
+        if self.looping.recompute is not None and torch.is_grad_enabled() and self.cache is None:
+            state_BTD = play_recomputed(self, hooks, self.looping.recompute)
+        else:
+            state_BTD = execute(self.hidden, (Visit(slot=slot) for slot in slots), self.run, hooks)
         if self.depth is not None:
             self.depth.end()
         return state_BTD
@@ -175,7 +200,10 @@ class Frame:
         if self.passes is not None:
             named |= self.passes.arguments
         with self._own_state(visit.slot):
-            output = self.layers[index](*played, **named)
+            if self.recompute_layers and visit.slot.iterations:
+                output = run_recomputed(self.layers[index], played, named)
+            else:
+                output = self.layers[index](*played, **named)
         if not isinstance(output, torch.Tensor):
             self.extras[index] = self.last_extras = list(output[1:])
             output = output[0]
@@ -240,6 +268,7 @@ class Looping:
         returns: per layer, what it returns.
         state_names: per layer, (module path, attribute) of recurrent state kept on modules; empty when no layer does.
         hooks: called around every visit.
+        recompute: which loops are checkpointed when a gradient is recorded, None for none.
         axes: per layer, the meaning of the axes of its arguments (see `slicing`); learned when hooks are set.
         loops: iteration counts of the running call of this thread only.
     """
@@ -262,6 +291,7 @@ class Looping:
         self.returns = returns
         self.state_names = state_names
         self.hooks: list[Hook] = []
+        self.recompute: Recompute | None = None
         self.axes: Axes = []
         self.frame: Frame | None = None
         self.recorders = nn.ModuleList(Recorder(self, i) for i in range(len(returns)))
@@ -297,13 +327,22 @@ class Looping:
             self._calls.plan = outer
 
     @property
-    def loops(self) -> int | Mapping[str, int] | None:
+    def loops(self) -> Loops:
         """Iteration counts of the running call of this thread only."""
         return getattr(self._calls, "loops", None)
 
     @loops.setter
-    def loops(self, loops: int | Mapping[str, int] | None) -> None:
+    def loops(self, loops: Loops) -> None:
         self._calls.loops = loops
+
+    @property
+    def window(self) -> Window:
+        """Gradient window of the running call of this thread only."""
+        return getattr(self._calls, "window", None)
+
+    @window.setter
+    def window(self, window: Window) -> None:
+        self._calls.window = window
 
     def begin(self, owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the owner: show the recorders."""
@@ -313,21 +352,28 @@ class Looping:
                 self.leave()
             loops = kwargs.pop("loops", None)
             loops = self.loops if loops is None else loops
-            plan = self.plan if loops is None else self.plan.with_loops(loops)
-            loops, self.loops = self.loops, None
+            window = kwargs.pop("window", None)
+            window = self.window if window is None else window
+            plan, window, rows = counted(self.plan, loops, window)
+            if self.recompute is not None and torch.is_grad_enabled():
+                kwargs = without_cache(self.policy, owner, kwargs)
+            (loops, self.loops), (of_call, self.window) = (self.loops, None), (self.window, None)
             try:
                 with self.scoped(plan):
                     rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
             finally:
-                self.loops = loops
+                self.loops, self.window = loops, of_call
             collect = kwargs.get("output_hidden_states") or getattr(
                 getattr(owner, "config", None), "output_hidden_states", False
             )
             place_output_hooks(owner, kwargs)
             options = kwargs.pop("loop_options", {})  # calls that had to come first were given them too
             make_passes = getattr(owner, "make_passes", None)
-            passes = None if make_passes is None else make_passes(plan, **options)
-            self.frame = Frame(self, plan, owner, rerun=rerun, passes=passes, collect_states=bool(collect))
+            if make_passes is not None:
+                passes, hooks = make_passes(plan, **options, **_given(window=window, rows=rows)), []
+            else:
+                passes, hooks = None, _hooks_of_call(plan, window, rows)
+            self.frame = Frame(self, plan, owner, rerun=rerun, passes=passes, hooks=hooks, collect_states=bool(collect))
         except BaseException:
             self._lock.release()
             raise
@@ -369,6 +415,30 @@ class Looping:
             depth = cache.depth = DepthCache(cache, self.policy, self.indices)
             cache.slots = depth.slots
         return depth
+
+
+def counted(plan: Plan, loops: Loops, window: Window) -> tuple[Plan, Window, RowDepths | None]:
+    """The plan of a call, its gradient window, and the depths of its rows where they have their own.
+
+    Raises:
+        ValueError: a loop that the plan lacks, or a window beside counts that say how many iterations carry a gradient.
+    """
+    if not isinstance(loops, (LoopCount, LoopCounts)):
+        return (plan if loops is None else plan.with_loops(loops)), window, None
+    if window is not None:
+        raise ValueError(f"window={window!r}: {type(loops).__name__} says itself what carries a gradient, leave it out")
+    count = loops if isinstance(loops, LoopCount) else loops.batch
+    plan = plan.with_loops(count.total)
+    return plan, count.grad, RowDepths(plan, loops) if isinstance(loops, LoopCounts) else None
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _hooks_of_call(plan: Plan, window: Window, rows: RowDepths | None) -> list[Hook]:
+    hooks: list[Hook] = [] if window is None else [GradientWindow(plan, window)]
+    return hooks if rows is None else [*hooks, rows]
 
 
 def _settle(output: Any, frame: Frame) -> Any:

@@ -36,7 +36,7 @@ def expected_logits(output: LoopwiseOutput) -> torch.Tensor:
     Raises:
         ValueError: as `exit_distribution`, or other layers come after the loop.
     """
-    return readout.expected_logits(_loop_logits(output), exit_log_pdf(_gate_logits(output)))
+    return readout.expected_logits(torch.stack(_loop_logits(output)), exit_log_pdf(_gate_logits(output)))
 
 
 def selected_logits(output: LoopwiseOutput, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,13 +53,14 @@ def selected_logits(output: LoopwiseOutput, threshold: float) -> tuple[torch.Ten
         ValueError: as `expected_logits`, or the threshold is out of range.
     """
     exit_BT = cdf_exit(_gate_logits(output).sigmoid(), threshold)
-    return take_exit(_loop_logits(output), exit_BT), exit_BT
+    return take_exit(torch.stack(_loop_logits(output)), exit_BT), exit_BT
 
 
 def loop_loss(
     output: LoopwiseOutput,
-    labels: torch.Tensor,
+    labels: torch.Tensor | None = None,
     *,
+    targets: torch.Tensor | None = None,
     loss: str | Mapping[str, Any] | Objective = "expected",
     num_items: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -68,15 +69,19 @@ def loop_loss(
     Args:
         output: of the model on `input_ids`, logits of all tokens kept.
         labels: int64 `[B, T]`, usually `input_ids`; they are shifted here, and -100 is ignored.
+        targets: in the place of labels, what each position should predict, int64 `[B, T]`: already shifted.
         loss: an objective, its dictionary, or its name: "expected" is the first stage of Ouro's paper (expected loss
             and entropy), "gate" its second; "expected_logits" is what Ouro's published file computes from labels, the
             cross-entropy of the mean logits; "ponder" (PonderNet), "act", "deep_supervision", "final".
         num_items: number of tokens that the sums are divided by; the valid tokens of this batch if None.
 
     Raises:
-        ValueError: an unknown objective, or the output lacks what it reads.
+        ValueError: an unknown objective, the output lacks what it reads, or neither or both of labels and targets.
     """
-    target_BT = readout.shift_labels(labels)
+    if (labels is None) == (targets is None):
+        raise ValueError("give either labels, which are shifted here, or targets, which are not")
+    target_BT = targets if labels is None else readout.shift_labels(labels)
+    assert target_BT is not None
     mask_BT = target_BT != readout.IGNORE
     if loss == EXPECTED_LOGITS:
         losses_BT = readout.token_losses(expected_logits(output), target_BT)
@@ -85,16 +90,39 @@ def loop_loss(
         loss = {"kind": loss}
     objective = components.from_dict(loss, axis="readout") if isinstance(loss, Mapping) else loss
     assert isinstance(objective, Objective)
-    logits_RBTV = _loop_logits(output) if objective.every_iteration else _last_logits(output)[None]
-    gates = _gate_logits(output) if objective.every_iteration and output.gate_logits is not None else None
-    return objective.loss(
-        Terms(
-            losses_RBT=readout.token_losses(logits_RBTV, target_BT),
-            mask_BT=mask_BT,
-            gate_logits_RBT=gates,
-            ponder_BT=output.ponder,
-            num_items=num_items,
-        )
+    return objective.loss(loop_terms(output, target_BT, objective, num_items=num_items))
+
+
+def loop_terms(
+    output: Any, targets: torch.Tensor, objective: Objective, *, num_items: float | torch.Tensor | None = None
+) -> Terms:
+    """What a forward offers to an objective.
+
+    Args:
+        output: of a causal model; logits `[B, T, V]`, or `[N, V]` of the N positions with a target only.
+        targets: what each position should predict, int64 `[B, T]`, -100 where nothing is scored.
+        objective: reads every iteration (of an output with `loop_logits`) or the last.
+        num_items: see `loop_loss`.
+
+    Raises:
+        ValueError: the output lacks what the objective reads.
+    """
+    mask_BT = targets != readout.IGNORE
+    read_all = objective.every_iteration
+    losses = []
+    for logits in _loop_logits(output) if read_all else (_last_logits(output),):  # stacked logits would fill the memory
+        if logits.ndim == 2:
+            losses_N = readout.token_losses(logits, targets[mask_BT])
+            losses.append(losses_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, losses_N))
+        else:
+            losses.append(readout.token_losses(logits, targets))
+    gates = _gate_logits(output) if read_all and output.gate_logits is not None else None
+    return Terms(
+        losses_RBT=torch.stack(losses),
+        mask_BT=mask_BT,
+        gate_logits_RBT=gates,
+        ponder_BT=getattr(output, "ponder", None),
+        num_items=num_items,
     )
 
 
@@ -107,13 +135,13 @@ def _gate_logits(output: LoopwiseOutput) -> torch.Tensor:
     return logits.movedim(-1, 0)
 
 
-def _loop_logits(output: LoopwiseOutput) -> torch.Tensor:
+def _loop_logits(output: LoopwiseOutput) -> tuple[torch.Tensor, ...]:
     if output.loop_logits is None:
         raise ValueError(
             "the output has no logits of every iteration: call the model with output_loops=True; a loop with layers "
             "after it has none"
         )
-    return torch.stack(output.loop_logits)
+    return output.loop_logits
 
 
 def _last_logits(output: LoopwiseOutput) -> torch.Tensor:

@@ -9,13 +9,14 @@ Shapes: B batch, N points, I numbers per x, O numbers per prediction, D width, R
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
+from loopwise.loop.depth import LoopCount, LoopCounts
+from loopwise.loop.state import RowSeeds
 from loopwise.models.decoder import LoopwiseModel, LoopwisePreTrainedModel
 from loopwise.models.decoder_config import LoopwiseDecoderConfig
+from loopwise.models.playing import Loops, counted
 
 
 class LoopwiseRegressionConfig(LoopwiseDecoderConfig):
@@ -53,8 +54,9 @@ class LoopwiseForRegression(LoopwisePreTrainedModel):
         self,
         xs_BNI: torch.Tensor,
         ys_BN: torch.Tensor,
-        loops: int | Mapping[str, int] | None = None,
+        loops: Loops = None,
         loop_start: int = 0,
+        generator: torch.Generator | RowSeeds | None = None,
     ) -> torch.Tensor:
         """Predictions after every iteration from `loop_start` on.
 
@@ -64,8 +66,9 @@ class LoopwiseForRegression(LoopwisePreTrainedModel):
         Args:
             xs_BNI: points, floating `[B, N, I]`.
             ys_BN: values at the points, `[B, N]`; the one at a point is not seen by its prediction.
-            loops: iteration counts of this call.
+            loops: iteration counts of this call; those without a gradient of a `LoopCount` are `loop_start` itself.
             loop_start: number of first iterations that are not read out.
+            generator: source of a random first state.
 
         Returns:
             `[R - loop_start, B, N]`, or `[R - loop_start, B, N, O]` where O > 1.
@@ -73,14 +76,17 @@ class LoopwiseForRegression(LoopwisePreTrainedModel):
         Raises:
             ValueError: misshapen points or values, more points than positions, or a loop_start that leaves nothing.
         """
-        plan = self.model.loopwise.plan
-        num_loops = (plan if loops is None else plan.with_loops(loops)).counts["core"]
+        if isinstance(loops, (LoopCount, LoopCounts)):
+            loop_start = (loops if isinstance(loops, LoopCount) else loops.batch).no_grad
+        num_loops = counted(self.model.loopwise.plan, loops, None)[0].counts["core"]
         if not 0 <= loop_start < num_loops:
             raise ValueError(
                 f"loop_start is {loop_start}, the loop runs {num_loops} iterations: use 0 to {num_loops - 1}"
             )
-        options = {"collect": "core", "window": {"core": num_loops - loop_start}}
-        self.model(inputs_embeds=self.read_in(self.prompt(xs_BNI, ys_BN)), loops=loops, loop_options=options)
+        window = None if isinstance(loops, (LoopCount, LoopCounts)) else {"core": num_loops - loop_start}
+        options = {"collect": "core", "generator": generator}
+        prompt = self.read_in(self.prompt(xs_BNI, ys_BN))
+        self.model(inputs_embeds=prompt, loops=loops, window=window, loop_options=options)
         assert self.model.passes is not None
         states_RBTD = torch.stack(self.model.passes.states[loop_start:])
         self.model.passes = None

@@ -99,6 +99,22 @@ def _join(parts: list) -> Any:
     return tuple(torch.cat(items, dim=1) for items in zip(*parts, strict=True))
 
 
+def without_cache(policy: CachePolicy, owner: nn.Module, kwargs: dict) -> dict:
+    """The arguments of a call whose visits will be run again in the backward pass: it makes no cache to fill twice.
+
+    Raises:
+        ValueError: the policy needs a cache.
+    """
+    if policy.prefill.is_shared:
+        raise ValueError(
+            f"checkpointed loops run layers again, which cache policy {policy} does not provide for: train with policy "
+            "own, or without checkpoint_loops"
+        )
+    if find_cache(kwargs.values()) is None and "use_cache" in _parameters(type(owner)):
+        return kwargs | {"use_cache": False}
+    return kwargs
+
+
 def remember_inputs(owner: nn.Module, cache: Any, args: tuple, kwargs: dict) -> None:
     """Append the inputs of this call to an entry of the cache, so that beam search and crop keep them in step."""
     named = _named(owner, args, kwargs)

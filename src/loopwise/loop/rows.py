@@ -1,0 +1,93 @@
+"""A depth of its own for every row of a batch (`LoopCounts`), at work in one forward.
+
+A row that takes no part in an iteration keeps its state and costs nothing: visits are narrowed to the rows that run.
+What a row computes is what it would compute alone, with its own numbers of iterations without and with a gradient.
+
+Shapes: B batch rows, T tokens, D width, b rows of a visit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from loopwise.loop.boundary import Turn
+from loopwise.loop.depth import LoopCounts
+from loopwise.loop.execute import Visit
+from loopwise.loop.window import main_loop
+from loopwise.plan.nodes import Slot
+from loopwise.plan.plans import Plan
+
+
+class RowDepths:
+    """Executor hook, and what the loop components ask about rows that start or end besides the others.
+
+    Args:
+        plan: the plan that is played; its main loop (`main_loop`) runs as often as the deepest row.
+        counts: one count per row.
+
+    Raises:
+        ValueError: the plan has no main loop.
+    """
+
+    def __init__(self, plan: Plan, counts: LoopCounts):
+        self._path, self._loop = main_loop(plan)
+        self._depth = sum(1 for end in range(1, len(self._path)) if _is_loop(plan, self._path[:end]))
+        self._counts, self._batch = counts, counts.batch
+        self._rows: dict[int, torch.Tensor | None] = {}
+
+    def before(self, visit: Visit, state_BTD: torch.Tensor) -> Visit:
+        """The visit of the rows that take part.
+
+        Raises:
+            ValueError: there are more or fewer rows than counts, or the visit leaves others out besides.
+        """
+        if visit.slot.position[: len(self._path)] != self._path:
+            return visit
+        num_counts = len(self._counts.no_grad_B)
+        if num_counts != len(state_BTD):
+            raise ValueError(f"loop counts are given for {num_counts} rows, the batch has {len(state_BTD)}")
+        rows = self._active(visit.slot, state_BTD.device)
+        if rows is None:
+            return visit
+        if visit.is_partial:
+            raise ValueError("depths per sequence narrow visits to rows, and another hook has narrowed them: use one")
+        return replace(visit, rows=rows)
+
+    def after(self, visit: Visit, before_BTD: torch.Tensor, state_BTD: torch.Tensor) -> torch.Tensor:
+        """The state as it is."""
+        return state_BTD
+
+    def iterations(self, turn: Turn, visit: Visit) -> torch.Tensor | None:
+        """Which of its own iterations each row of a visit is in, int64 `[b]` from 0; None for other loops."""
+        if turn.path != self._path:
+            return None
+        own_B = torch.full_like(self._counts.no_grad_B, turn.iteration)
+        if turn.iteration >= self._batch.no_grad:
+            own_B = self._counts.no_grad_B + (turn.iteration - self._batch.no_grad)
+        return own_B if visit.rows is None else own_B[visit.rows.cpu()]
+
+    def starting(self, turn: Turn, visit: Visit) -> torch.Tensor | None:
+        """Rows of a visit (their place in it) that are in their first iteration; None for other loops."""
+        own_b = self.iterations(turn, visit)
+        return None if own_b is None else (own_b == 0).nonzero()[:, 0]
+
+    def ending(self, turn: Turn, visit: Visit) -> torch.Tensor | None:
+        """Rows of a visit (their place in it) that are in their last iteration; None for other loops."""
+        own_b = self.iterations(turn, visit)
+        if own_b is None:
+            return None
+        total_B = self._counts.total_B
+        return (own_b + 1 == (total_B if visit.rows is None else total_B[visit.rows.cpu()])).nonzero()[:, 0]
+
+    def _active(self, slot: Slot, device: torch.device) -> torch.Tensor | None:
+        iteration = slot.iterations[self._depth]
+        if iteration not in self._rows:
+            active_B = self._counts.active(iteration)
+            self._rows[iteration] = None if bool(active_B.all()) else active_B.nonzero()[:, 0].to(device)
+        return self._rows[iteration]
+
+
+def _is_loop(plan: Plan, position: tuple[int, ...]) -> bool:
+    return hasattr(plan.node(position), "count")

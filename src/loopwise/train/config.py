@@ -1,0 +1,275 @@
+"""The config of a run: one frozen value that says everything, written to the run folder, which it replays.
+
+A run is a list of stages. What a stage leaves open is as the run says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from loopwise.io.atomic import write_text
+from loopwise.loop import config as components
+from loopwise.loop.config import Component
+from loopwise.loop.depth import DepthSampler
+from loopwise.loop.objective import FinalObjective, Objective
+from loopwise.plan import Plan
+from loopwise.tasks import base as tasks
+from loopwise.train.data.source import DataConfig
+from loopwise.train.models import ModelConfig
+from loopwise.train.objectives import LoraConfig, LossTerm
+from loopwise.train.optim import AdamWConfig, OptimizerConfig, Schedule, WsdSchedule
+from loopwise.train.optim.parametrisation import Parametrisation, StandardParametrisation
+from loopwise.train.trackers import Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Component):
+    """A stretch of a run.
+
+    Attributes:
+        steps: optimizer steps, at least 1.
+        plan: plan text from here on; None goes on with the plan that there is.
+        depth: sampler of loop counts; None is the run's.
+        objective: what is learned; None is the run's.
+        schedule: factor on the learning rate over the steps of this stage; None goes on with the run's, which covers
+            all steps of the run.
+        batch_size: rows of a step; None is the run's.
+        trainable: patterns (`fnmatch`) of the names of parameters that are trained; empty trains all.
+    """
+
+    kind: ClassVar[str | None] = "stage"
+    steps: int
+    plan: str | None = None
+    depth: DepthSampler | None = None
+    objective: Objective | None = None
+    schedule: Schedule | None = None
+    batch_size: int | None = None
+    trainable: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the ranges and the plan text."""
+        super().__post_init__()
+        self.require(self.steps >= 1, "steps", "must be at least 1")
+        self.require(self.batch_size is None or self.batch_size >= 1, "batch_size", "must be at least 1")
+        if self.plan is not None:
+            Plan.parse(self.plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Component):
+    """When and how held-out rows are scored.
+
+    Attributes:
+        every: steps between evaluations; 0 only evaluates at the end.
+        rows: how many held-out rows.
+        loops: loop counts that are scored besides the plan's own.
+        samples: rows or texts that are written to the samples folder each time.
+    """
+
+    kind: ClassVar[str | None] = "evaluation"
+    every: int = 0
+    rows: int = 256
+    loops: tuple[int, ...] = ()
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.require(self.every >= 0, "every", "must be at least 0")
+        self.require(self.rows >= 1, "rows", "must be at least 1")
+        self.require(self.samples >= 0, "samples", "must be at least 0")
+        self.require(all(count >= 1 for count in self.loops), "loops", "must be counts of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving(Component):
+    """Which checkpoints are written and kept.
+
+    Attributes:
+        every: steps between checkpoints; 0 only saves at the end.
+        keep: how many of the latest stay.
+        keep_every: steps whose multiples stay for good; 0 keeps none for good.
+    """
+
+    kind: ClassVar[str | None] = "saving"
+    every: int = 0
+    keep: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):
+            self.require(getattr(self, name) >= least, name, f"must be at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Component):
+    """A run.
+
+    Attributes:
+        name: what the run is called in tables.
+        model: where the model comes from.
+        data: what it reads.
+        steps: optimizer steps of a run of one stage; not read where `stages` are given.
+        stages: the stages in order.
+        seed: of the weights, the order of the data, loop counts, random states and dropout.
+        batch_size: rows of a step, over all ranks and micro-batches.
+        micro_batch: rows of one forward pass; None is all that a rank has. Gradients are accumulated, the loss is that
+            of the batch.
+        optimizer, schedule: how parameters move; the schedule is a factor on the learning rate.
+        objective: what is read from the iterations and learned.
+        terms: what is added to the loss.
+        depth: sampler of loop counts and of the gradient window; None runs the plan as it is, with full gradients.
+        parametrisation: how branches and learning rates depend on depth and width.
+        adapters: train low-rank adapters (PEFT) instead of the weights.
+        clip: largest global norm of the gradient; None does not clip.
+        ema: decay of averaged weights, which evaluation and the saved model use; None has none.
+        precision: "bfloat16" runs forward passes under autocast; weights stay as the model has them.
+        compile: compile every layer.
+        checkpoint_loops: recompute iterations in the backward pass instead of keeping their activations.
+        parallel: under torchrun, "ddp" (a copy on every rank) or "fsdp" (sharded, the looped core as one unit).
+        evaluation, saving: see there.
+        log_every: steps between lines of metrics.
+        trackers: where metrics go besides the run folder.
+    """
+
+    kind: ClassVar[str | None] = "run"
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    steps: int = 1000
+    stages: tuple[Stage, ...] = ()
+    seed: int = 0
+    batch_size: int = 32
+    micro_batch: int | None = None
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    schedule: Schedule = field(default_factory=WsdSchedule)
+    objective: Objective = field(default_factory=FinalObjective)
+    terms: tuple[LossTerm, ...] = ()
+    depth: DepthSampler | None = None
+    parametrisation: Parametrisation = field(default_factory=StandardParametrisation)
+    adapters: LoraConfig | None = None
+    clip: float | None = 1.0
+    ema: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    checkpoint_loops: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    saving: Saving = field(default_factory=Saving)
+    log_every: int = 10
+    trackers: tuple[Tracker, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("steps", "batch_size", "log_every"):
+            self.require(getattr(self, name) >= 1, name, "must be at least 1")
+        self.require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", "must be at least 1")
+        self.require(self.clip is None or self.clip > 0, "clip", "must be above 0, or null not to clip")
+        self.require(self.ema is None or 0 < self.ema < 1, "ema", "must be between 0 and 1")
+
+    @property
+    def all_stages(self) -> tuple[Stage, ...]:
+        """The stages, at least one."""
+        return self.stages or (Stage(steps=self.steps),)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return sum(stage.steps for stage in self.all_stages)
+
+    def stage_at(self, step: int) -> tuple[int, int]:
+        """(index of the stage, first step of it) of the 0-based step; the end of the run belongs to the last stage."""
+        first = 0
+        for index, stage in enumerate(self.all_stages):
+            if step < first + stage.steps:
+                return index, first
+            first += stage.steps
+        return len(self.all_stages) - 1, first - self.all_stages[-1].steps
+
+
+def read_config(path: Path) -> RunConfig:
+    """The config in a JSON file.
+
+    Raises:
+        ValueError: no JSON, or no config of a run.
+        OSError: the file cannot be read.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return parse(data, str(path))
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write a config as JSON, whole or not at all."""
+    write_text(path, json.dumps(components.to_dict(config), indent=2) + "\n")
+
+
+def parse(data: Any, name: str = "the config") -> RunConfig:
+    """The config that a JSON object describes; `name` stands for it in messages."""
+    tasks.names()  # every kind of task is known from here on
+    config = components.from_dict(data)
+    if not isinstance(config, RunConfig):
+        raise ValueError(f"{name} is not the config of a run: its kind is {config.kind!r}, not 'run'")
+    return config
+
+
+def override(config: RunConfig, words: Iterable[str]) -> RunConfig:
+    """The config with some values replaced: words such as `steps=200`, `optimizer.lr=3e-4`, `stages.0.plan=core:(0)x4`.
+
+    A value is read as JSON, and as text where it is none. A component given as a bare word is that choice of its axis
+    with its defaults: `optimizer=muon`.
+
+    Raises:
+        ValueError: a word without "=", or an unknown field (the nearest is suggested), or a value of the wrong type.
+    """
+    data = components.to_dict(config)
+    for word in words:
+        path, equals, text = word.partition("=")
+        if not equals or not path:
+            raise ValueError(f"override {word!r}: write field=value, such as steps=200 or optimizer.lr=3e-4")
+        _put(data, path.split("."), _value(text), path, config)
+    return parse(data)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _put(data: Any, keys: list[str], value: Any, path: str, holder: Any) -> None:
+    """Set a value deep inside the JSON form; `holder` is the config value that `data` describes."""
+    key, *rest = keys
+    if isinstance(data, list):
+        if not key.isdigit() or int(key) >= len(data):
+            raise ValueError(f"override {path!r}: {key!r} is no index of a list of {len(data)}")
+        key: Any = int(key)
+        inner = holder[key]
+    else:
+        known = [item.name for item in fields(holder)] if isinstance(holder, Component) else list(data)
+        if isinstance(holder, Component) and key not in known and key != "kind":
+            raise ValueError(f"override {path!r}: {holder.kind} has no field {key!r}{components.suggest(key, known)}")
+        inner = getattr(holder, key, None) if isinstance(holder, Component) else (data or {}).get(key)
+    if rest:
+        if data[key] is None:
+            raise ValueError(f"override {path!r}: {key} is not set; set it whole, such as {key}='{{\"kind\": ...}}'")
+        if not isinstance(data[key], dict | list):
+            raise ValueError(f"override {path!r}: {key} is a single value, it has no field {rest[0]!r}")
+        _put(data[key], rest, value, path, inner)
+    elif isinstance(inner, Component) and isinstance(value, str):
+        axis = (inner.kind or "").split(".")[0]
+        data[key] = {"kind": value if "." in value else f"{axis}.{value}"}
+    elif isinstance(value, Mapping) and isinstance(inner, Component) and "kind" not in value:
+        data[key] = data[key] | dict(value)
+    else:
+        data[key] = value
