@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.models.common import looped
+from tests.models.common import BREADTH, looped
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
@@ -76,7 +76,7 @@ def visits_of(model, layer=1):
     return runs
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "mixtral", "mamba2", "falcon_h1", "opt"])
+@pytest.mark.parametrize("model_type", BREADTH)
 def test_attached_models(model_type):
     model, ids_BT = looped(model_type)
     model.train()

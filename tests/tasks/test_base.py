@@ -45,7 +45,7 @@ TASKS: tuple[Task, ...] = (
     Addition(operands=(2, 4), reverse=True),
     Assignment(),
     Assignment(depths=(1,), shots=2, surface="code"),
-    Depo(nodes=8, hops=4, queries=3, name=(1, 2), pieces=6),
+    Depo(nodes=8, hops=4, queries=3, name_sizes=(1, 2), pieces=6),
     Igsm(variables=(5, 6)),
     Induction(),
     Induction(symbols=40, distinct=True),
@@ -60,7 +60,7 @@ TASKS: tuple[Task, ...] = (
 TINY: tuple[Task, ...] = (
     Addition(operands=(2,), digits=1),
     Assignment(depths=(0,), variables=(2,), values=2),
-    Depo(nodes=3, hops=2, queries=1, pieces=6, name=(1,)),
+    Depo(nodes=3, hops=2, queries=1, pieces=6, name_sizes=(1,)),
     Igsm(variables=(2,), levels=2, entities=2, terms=1, modulus=3),
     Induction(symbols=3, sizes=(2, 3)),
     Mano(operations=(1,), modulus=3),

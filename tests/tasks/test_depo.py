@@ -11,8 +11,8 @@ from loopwise.tasks.base import rows, text
 from loopwise.tasks.depo import Depo
 
 TASKS = (
-    Depo(nodes=9, hops=5, queries=4, pieces=4, name=(1, 2, 3)),
-    Depo(nodes=20, hops=8, pieces=50, name=(1, 2)),
+    Depo(nodes=9, hops=5, queries=4, pieces=4, name_sizes=(1, 2, 3)),
+    Depo(nodes=20, hops=8, pieces=50, name_sizes=(1, 2)),
     Depo(nodes=12, published_test=True),
 )
 
@@ -64,7 +64,7 @@ def test_the_edges_form_one_cycle_in_random_order(task: Depo) -> None:
 
 
 def test_names_have_the_lengths_asked_for_and_end_by_themselves() -> None:
-    task = Depo(nodes=30, name=(5, 7))
+    task = Depo(nodes=30, name_sizes=(5, 7))
     lengths: list[int] = []
     for tokens_T in rows(task, seed=0, index=0, size=30).tokens_BT:
         edges, _ = parse(text(task, tokens_T))
@@ -108,8 +108,8 @@ def test_what_stands_in_the_place_of_the_answers_is_not_looked_at() -> None:
         ({"hops": 0}, "hops=0 must be at least 1"),
         ({"queries": 0}, "queries=0 must be at least 1"),
         ({"pieces": 0}, "pieces=0 must be at least 1"),
-        ({"name": (0,)}, "must be different, 1 to 12"),
-        ({"pieces": 3, "name": (1, 2), "nodes": 7}, "nodes=7 must be at most half of the 12 possible names"),
+        ({"name_sizes": (0,)}, "must be different, 1 to 12"),
+        ({"pieces": 3, "name_sizes": (1, 2), "nodes": 7}, "nodes=7 must be at most half of the 12 possible names"),
     ],
 )
 def test_refused_sizes(fields: dict, message: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -90,17 +91,6 @@ def assert_close(got, want, tolerance):
             assert (found[name] - value).abs().max() <= tolerance * max(1.0, float(value.abs().max())), name
 
 
-def on_ranks_as_alone(build, tolerance=0.0, **options):
-    """Run `build(rank)` and a step on two ranks; both hold what one process with the plain model holds."""
-    want = alone(build(None), **options)
-    for got in on_ranks(built_step, build, options):
-        assert_close(got, want, tolerance)
-
-
-def built_step(rank, build, options):
-    return step(build(rank), rank, **options)
-
-
 def replicated(rank):
     model = llama()
     if rank is None:
@@ -111,8 +101,14 @@ def replicated(rank):
     return replicate(model)
 
 
+def replicated_step(rank):
+    return step(replicated(rank), rank)
+
+
 def test_replicated_ranks_equal_one_process_bit_for_bit():
-    on_ranks_as_alone(replicated)
+    want = alone(llama())
+    for got in on_ranks(replicated_step):
+        assert_close(got, want, 0.0)
 
 
 def half_used(rank):
@@ -222,9 +218,20 @@ SHARDED = [
 ]
 
 
+def every_step(rank):
+    return {build.__name__: step(build(rank), rank) for build in SHARDED}
+
+
+@cache
+def sharded_steps():
+    return on_ranks(every_step)
+
+
 @pytest.mark.parametrize("build", SHARDED, ids=lambda build: build.__name__)
 def test_sharded_ranks_equal_one_process(build):
-    on_ranks_as_alone(build, 1e-6)
+    want = alone(build(None))
+    for found in sharded_steps():
+        assert_close(found[build.__name__], want, 1e-6)
 
 
 def two_steps(rank, build):
@@ -241,8 +248,8 @@ def two_steps(rank, build):
     return got, whole(norm), names
 
 
-@pytest.mark.parametrize("build", [sharded, sharded_recurrent_checkpointed], ids=lambda build: build.__name__)
-def test_a_second_step_after_an_evaluation_and_with_other_loops(build):
+def test_a_second_step_after_an_evaluation_and_with_other_loops():
+    build = sharded_recurrent_checkpointed
     model = build(None)
     alone(model)
     model.zero_grad()
@@ -254,23 +261,30 @@ def test_a_second_step_after_an_evaluation_and_with_other_loops(build):
         assert names == [name for name, _ in model.named_parameters()]
 
 
-def counted(rank, build, loops):
-    model = build(rank)
-    found = []
-    for count in loops:  # the first step would also count what is done once
-        model.zero_grad()
-        with count_collectives() as collectives:
-            loss_of(model, rows(rank), loops=count).backward()
-            finish_backward(model)
-        found.append((collectives.all_gathers, collectives.reduce_scatters, collectives.all_reduces))
+COUNTED = [sharded, sharded_recurrent_checkpointed, sharded_window]
+
+
+def counted(rank):
+    """(all-gathers, reduce-scatters, all-reduces) of steps with 2, 2 and 16 iterations of the core."""
+    found = {}
+    for build in COUNTED:
+        model = build(rank)
+        found[build.__name__] = []
+        for loops in (2, 2, 16):  # twice, as the first step might also do what is done once
+            model.zero_grad()
+            with count_collectives() as collectives:
+                loss_of(model, rows(rank), loops=loops).backward()
+                finish_backward(model)
+            found[build.__name__].append(
+                (collectives.all_gathers, collectives.reduce_scatters, collectives.all_reduces)
+            )
     return found
 
 
-@pytest.mark.parametrize("build", [sharded, sharded_recurrent_checkpointed, sharded_window])
-def test_collectives_do_not_grow_with_iterations(build):
-    for found in on_ranks(counted, build, (2, 2, 16)):
-        print(f"{build.__name__}: (all-gathers, reduce-scatters, all-reduces) of 2, 2, 16 iterations: {found}")
-        assert found == [(4, 4, 0)] * 3, "root, prelude, core, coda: once each"
+def test_collectives_do_not_grow_with_iterations():
+    for found in on_ranks(counted):
+        print(f"(all-gathers, reduce-scatters, all-reduces) of 2, 2, 16 iterations: {found}")
+        assert found == {build.__name__: [(4, 4, 0)] * 3 for build in COUNTED}, "root, prelude, core, coda: once each"
 
 
 def accumulated(rank, build, loops):

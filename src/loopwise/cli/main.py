@@ -17,19 +17,26 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, PositionalMetavar
 import loopwise
 from loopwise.cli.architectures import Architectures
 from loopwise.cli.compose import Compose
+from loopwise.cli.data import Data
 from loopwise.cli.export import Export
 from loopwise.cli.families import Families
 from loopwise.cli.generate import Generate
 from loopwise.cli.importing import Import
 from loopwise.cli.inspect import Inspect
 from loopwise.cli.score import Score
+from loopwise.cli.tasks import Tasks
+from loopwise.cli.train import Recipes, Train
 
 DESCRIPTION = (
     "A decoder is layers plus a plan. Run any transformers decoder under any plan. --version prints the version."
 )
 
 Command = (
-    Annotated[Inspect, subcommand("inspect", description="Show layers, the plan drawn, parameters and cost.")]
+    Annotated[Train, subcommand("train", description="Train a recipe, or go on with a run.")]
+    | Annotated[Recipes, subcommand("recipes", description="List the recipes that train knows.")]
+    | Annotated[Tasks, subcommand("tasks", description="List the reasoning tasks, or show rows of one.")]
+    | Annotated[Data, subcommand("data", description="Build token shards from texts, or show what is in them.")]
+    | Annotated[Inspect, subcommand("inspect", description="Show layers, the plan drawn, parameters and cost.")]
     | Annotated[Generate, subcommand("generate", description="Continue or answer a prompt, streaming.")]
     | Annotated[Score, subcommand("score", description="Perplexity of a text file under several plans, side by side.")]
     | Annotated[Export, subcommand("export", description="Write a model under a plan as a folder of its own.")]

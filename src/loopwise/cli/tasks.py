@@ -93,10 +93,8 @@ def describe(task: Component) -> list[str]:
 
     about = [_first_line(type(task)), " ".join(f"{item.name}={getattr(task, item.name)!r}" for item in fields(task))]
     if isinstance(task, RegressionTask):
-        return [
-            *about,
-            f"{task.num_points} points of {task.inputs} numbers; error of predicting 0: {task.variance:.4g}",
-        ]
+        sizes = f"{task.num_points} points of {task.inputs} numbers"
+        return [*about, f"{sizes}; squared error of predicting 0: {task.variance:.4g}"]
     token_task: Any = task
     sizes = f"{token_task.length} tokens per row, vocabulary of {len(token_task.vocabulary)}"
     return [*about, f"{sizes}; exact answers by chance: {token_task.chance:.3g}"]

@@ -284,7 +284,7 @@ class Passes:
         with torch.set_grad_enabled(self._with_grad):
             entered_btD = module.entry(first_btD)
             self._entered[turn.path] = _put(self._entered.get(turn.path), entered_btD, begins, num_rows, num_tokens)
-        started_btD = self._start(module, entered_btD, begins)
+        started_btD = self._start(turn, module, entered_btD, begins)
         return started_btD if begins is visit else part_btD.index_put((index,), started_btD.to(part_btD.dtype))
 
     def _leave(self, turn: Turn, module: LoopModule, visit: Visit, part_btD: torch.Tensor) -> torch.Tensor:
@@ -407,12 +407,13 @@ class Passes:
         name = turn.loop.name
         return name is not None and name in self.modules and is_routed(self.modules[name])
 
-    def _start(self, module: LoopModule, entered_btD: torch.Tensor, visit: Visit) -> torch.Tensor:
+    def _start(self, turn: Turn, module: LoopModule, entered_btD: torch.Tensor, visit: Visit) -> torch.Tensor:
         given, source = self._initial_state, self._source
         if given is not None and given.ndim == 3 and visit.is_partial:
             given = gather(given, visit)
         if isinstance(source, RowSeeds):
-            source = source.at(visit.slot.key, visit.rows)
+            run = visit.slot.iterations[: len(turn.path) - 1]  # iterations of the loops around this one
+            source = source.at((turn.path, run), visit.rows)
         return make(module.state, entered_btD, initial_state=given, generator=source)
 
     def _conditioning(self, conditioner: nn.Module, turn: Turn, part_btD: torch.Tensor) -> torch.Tensor:

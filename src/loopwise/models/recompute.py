@@ -4,9 +4,9 @@
     backward:  for r = R, ..., 1: run f(s_{r-1}) again, with what it keeps; go backward through it
 
 An iteration is what lies between two turns of a loop: its visits and what the loop adds around them (update, signals,
-norms, gate). All of that is run again on a *fork* of the running forward, so that nothing it notes on the way (collected
-states, gates, streams) is noted twice. Hooks of others cannot be forked: where there are any, or routers, or tokens that
-leave, the layer of each visit is checkpointed alone and the hooks run once.
+norms, gate). All of that is run again on a *fork* of the running forward, so that nothing it notes on the way (states,
+gates, streams) is noted twice. Hooks of others cannot be forked: where there are any, or routers, or tokens that leave,
+the layer of each visit is checkpointed alone and the hooks run once.
 
 Iterations outside the gradient window keep nothing and are not run again. Dropout draws what it drew.
 """

@@ -16,7 +16,7 @@ from typing import Any
 
 from loopwise.train.config import RunConfig
 
-_HOMES = ("quickstart", "reasoning", "language", "regression", "tours")
+_HOMES = ("quickstart", "language", "regression")
 
 
 def recipes() -> dict[str, Callable[..., RunConfig]]:
@@ -80,7 +80,9 @@ def _functions(names: Mapping[str, Any], module: str | None) -> dict[str, Callab
     for name, value in names.items():
         if name.startswith("_") or not inspect.isfunction(value):
             continue
-        at_home = value.__module__ == module if module else value.__globals__ is names or value.__module__ == "<run_path>"
+        at_home = (
+            value.__module__ == module if module else value.__globals__ is names or value.__module__ == "<run_path>"
+        )
         returns = value.__annotations__.get("return")
         if at_home and returns in (RunConfig, "RunConfig"):
             found[name] = value

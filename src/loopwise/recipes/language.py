@@ -30,7 +30,7 @@ def looped_text() -> RunConfig:
 
 
 def recurrent_depth_text() -> RunConfig:
-    """Huginn's recipe (2502.05171): random first state, injection, a sampled number of iterations, truncated gradient."""
+    """Huginn's recipe (2502.05171): random first state, injection, sampled loop counts, truncated gradient."""
     model = DecoderModel(
         layers=4,
         width=256,
@@ -69,11 +69,11 @@ def switch_on_text() -> RunConfig:
 
 
 def finetune() -> RunConfig:
-    """Low-rank adapters on a checkpoint under a plan: give model.source and, with it, data.tokenizer."""
+    """Low-rank adapters on a checkpoint: model.source=FOLDER data.source=TEXTS data.tokenizer=FOLDER, model.plan=..."""
     return RunConfig(
         name="finetune",
         model=CheckpointModel(source="a folder, a GGUF file or a name"),
-        data=TextData(tokenizer="the tokenizer's folder", length=_LENGTH),
+        data=TextData(length=_LENGTH),
         adapters=LoraConfig(),
         steps=200,
         batch_size=8,
@@ -87,7 +87,13 @@ def finetune() -> RunConfig:
 def looped_100m() -> RunConfig:
     """About 100 million parameters, 4 + 8 x 4 + 4 visits, bfloat16: for a GPU."""
     model = DecoderModel(
-        layers=16, width=768, heads=12, qk_norm=True, plan="0-3 core:(4-11)x4 12-15", max_length=1024, tie_embeddings=True
+        layers=16,
+        width=768,
+        heads=12,
+        qk_norm=True,
+        plan="0-3 core:(4-11)x4 12-15",
+        max_length=1024,
+        tie_embeddings=True,
     )
     return _text(
         "looped_100m",

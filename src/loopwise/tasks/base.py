@@ -30,6 +30,7 @@ HOMES = (
     "addition",
     "p_hop",
     "pointer",
+    "cycle_walk",
     "igsm",
     "assignment",
     "induction",
@@ -322,7 +323,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_known()))
 
 
-def named(name: str, **values: Any) -> Task:
+def named(name: str, /, **values: Any) -> Task:
     """The task of that name with these fields; lists become tuples, "task." before the name may be left out.
 
     Raises:

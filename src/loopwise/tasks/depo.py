@@ -34,7 +34,7 @@ class Depo(Task):
         hops: largest number of steps, K.
         queries: queries of a row, about different nodes; fewer where the cycle is smaller.
         pieces: kinds of pieces of a name; each has a second form that ends the name.
-        name: pieces in a name, one number for each name; at most 12.
+        name_sizes: numbers of pieces in a name, one number for each name; at most 12.
         published_test: whether every row has N nodes and k is a power of two, or K.
 
     Raises:
@@ -47,7 +47,7 @@ class Depo(Task):
     hops: int = 16
     queries: int = 10
     pieces: int = 3
-    name: tuple[int, ...] = (5, 6, 7)
+    name_sizes: tuple[int, ...] = (5, 6, 7)
     published_test: bool = False
 
     def __post_init__(self) -> None:
@@ -57,8 +57,8 @@ class Depo(Task):
         self.require(self.hops >= 1, "hops", "must be at least 1")
         self.require(self.queries >= 1, "queries", "must be at least 1")
         self.require(self.pieces >= 1, "pieces", "must be at least 1")
-        self.require_counts("name", least=1, most=12)
-        num_names = sum(self.pieces**count for count in self.name)
+        self.require_counts("name_sizes", least=1, most=12)
+        num_names = sum(self.pieces**count for count in self.name_sizes)
         self.require(num_names >= 2 * self.nodes, "nodes", f"must be at most half of the {num_names} possible names")
 
     @property
@@ -71,7 +71,7 @@ class Depo(Task):
     @property
     def length(self) -> int:
         """A row of N nodes in which every name is as long as possible; the last piece of it is only a target."""
-        longest = max(self.name)
+        longest = max(self.name_sizes)
         return 2 * self.nodes * longest + min(self.queries, self.nodes) * (2 + 2 * longest)
 
     @property
@@ -154,6 +154,6 @@ class Depo(Task):
         last = range(_FIRST_PIECE + self.pieces, self._first_hops)
         names: dict[tuple[int, ...], None] = {}
         while len(names) < num:
-            pieces = scalar.choices(inner, k=scalar.choice(self.name) - 1)
+            pieces = scalar.choices(inner, k=scalar.choice(self.name_sizes) - 1)
             names[*pieces, scalar.choice(last)] = None
         return list(names)

@@ -26,10 +26,11 @@ _drawn: OrderedDict[tuple[str, str, bytes], tuple[Any, dict[str, Any]]] = Ordere
 
 @dataclass(frozen=True, kw_only=True)
 class Gym(Task):
-    """A reasoning-gym generator by name: the bytes of a question, a mark, the bytes of its answer, an end.
+    """Answer the questions of any reasoning-gym generator by name, byte by byte.
 
-    Needs the extra `loopwise[gym]`. An item whose answer only a scorer knows, or that is longer than `num_tokens`, is
-    left out. "Right" is a score of 1: scorers give part of it to an answer that merely contains the right one.
+    A row is the bytes of a question, a mark, the bytes of its answer, and an end. Needs the extra `loopwise[gym]`. An
+    item whose answer only a scorer knows, or that is longer than `num_tokens`, is left out. "Right" is a score of 1:
+    scorers give part of it to an answer that merely contains the right one.
 
     Attributes:
         dataset: name of the generator, such as "chain_sum".
@@ -52,7 +53,7 @@ class Gym(Task):
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """Padding, the end, the mark before the answer, and the 256 bytes; those that are no ASCII text in hexadecimal."""
+        """Padding, the end, the mark before the answer, and the 256 bytes; those that are no ASCII text as numbers."""
         shown = (chr(byte) if byte == 10 or 32 <= byte < 127 else f"\\x{byte:02x}" for byte in range(256))
         return ("<pad>", "<end>", "<answer>", *shown)
 

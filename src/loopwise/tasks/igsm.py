@@ -29,9 +29,9 @@ class Igsm(Task):
     A row reads `K#N := 2*E#I - J#O. E#I := 4. J#O := E#I. K#N?`. Entities are letters in `levels` levels, and a
     variable A#E joins entities of neighbouring levels. The variables of a row form a directed acyclic graph: the first
     is a number other than 0 (which would make all of them 0), each later one a sum and difference of 1 to `terms`
-    earlier ones, in which the first term may carry a factor of 2 .. modulus - 1. The statements are shuffled and the last variable is asked for; only its value is
-    scored. The paper prints an example and sizes, but no generator is public: the numbers of variables and the choice
-    of earlier ones (uniform) are ours.
+    earlier ones, in which the first term may carry a factor of 2 .. modulus - 1. The statements are shuffled and the
+    last variable is asked for; only its value is scored. The paper prints an example and sizes, but no generator is
+    public: the numbers of variables and the choice of earlier ones (uniform) are ours.
 
     Keys: "needed" is the number of variables that the answer depends on, itself included; "depth" the longest chain of
     definitions below it.

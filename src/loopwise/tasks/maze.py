@@ -23,7 +23,7 @@ _MAX_TRIES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Maze(Task):
-    """Mazes: mark the shortest path from S to G, as a row `maze = marked maze` or as a grid, cell by cell.
+    """Mark the shortest path through a maze, as a row `maze = marked maze` or as a grid, cell by cell.
 
     Tokens and form of Maze-Hard (HRM, 2506.21734; there 30 x 30). Rooms stand at odd coordinates, a random depth-first
     walk opens a spanning tree between them, and start and goal are two rooms far apart that one shortest path joins.

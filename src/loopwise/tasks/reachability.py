@@ -21,7 +21,7 @@ _MAX_TRIES = 10000
 
 @dataclass(frozen=True, kw_only=True)
 class Reachability(Task):
-    """Graph reachability: edges `a b ;` in random order, `? x y root :`, then the one of x and y that root leads to.
+    """Read the edges `a b ;` of a graph in random order and `? x y root :`, then say which of x and y root leads to.
 
     The graphs of ProsQA (2412.06769): nodes join one by one with a Poisson(1.5) number of edges from earlier nodes,
     from deep ones more often; the node to find is the deepest that the first root alone reaches, the other one the

@@ -15,7 +15,7 @@ from loopwise.tasks.base import IGNORE, PAD, Rows, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Recall(Task):
-    """Multi-query associative recall (MQAR): `k1 v1 k2 v2 ... k2 . k1`, at each later key its value.
+    """Give at each key the value that it was paired with, `k1 v1 k2 v2 ... k2 . k1` (MQAR).
 
     The distribution of Arora et al. (2312.04927): different keys from the lower half of the vocabulary, different
     values from the upper; every key is asked once, at one of every second place after the pairs, the s-th with weight

@@ -25,7 +25,7 @@ _LARGEST = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class GroupWord(Task):
-    """Words over a group: after every element, the product so far (parity is Z2; also Zn, S3 to S5, A4, A5, products).
+    """Say after each element of a group what the product is so far: parity (Z2), Zn, S3 to S5, A3 to A5, products.
 
     The product is taken in reading order: for permutations, the first one read acts first.
 
@@ -167,7 +167,7 @@ def _is_even(images: Sequence[int]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ModularArithmetic(Task):
-    """Expressions of digits with + - * modulo a small number, `2+3*4=`: their value, * before + and -.
+    """Evaluate an expression such as `2+3*4=` modulo a small number, * before + and -.
 
     Attributes:
         modulus: digits are 0 to modulus - 1; values are modulo it.

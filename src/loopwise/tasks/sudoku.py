@@ -26,7 +26,7 @@ _MAX_TRIES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Sudoku(Task):
-    """Sudoku, 4x4, 6x6 or 9x9: the one completion of a board, as a row `puzzle = solution` or as a grid, cell by cell.
+    """Complete a Sudoku of 4x4, 6x6 or 9x9, as a row `puzzle = solution` or as a grid, cell by cell.
 
     The grid form is that of HRM (2506.21734) and TRM (2510.04871): the target of a cell is its digit. Two puzzles that
     a symmetry turns into each other are always in the same split.

@@ -6,7 +6,8 @@ are estimates for one process that holds the whole model, good to a factor of tw
 * Weights, gradients, moments and averages are counted.
 * A visit with gradient keeps, for every token, the inputs and outputs of its matmuls, and twice the width of every
   norm (what comes in and the normalised state). Attention is taken as fused: no scores are kept. With recomputed loops
-  an iteration keeps only its state, and the visits of one iteration exist at a time.
+  an iteration keeps only its state, and the visits of one iteration exist at a time. The gradients of these exist for
+  one visit at a time.
 * Each reading of logits holds three float32 arrays of the size of the logits: themselves, their log-softmax, and the
   gradient.
 * Autocast halves what matmuls keep and adds a copy of the weights in bfloat16.
@@ -203,6 +204,7 @@ def memory_of(
         per_token += largest
     else:
         per_token = sum(kept[slot.layer] for slot, visit in visits if visit.with_grad)
+    per_token += max(kept.values())
     per_token += readings * 3 * 4 * _vocabulary(model)
     return Memory(
         weights=weights,

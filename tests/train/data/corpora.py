@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from hypothesis import settings
 
 from loopwise.train.data.build import write
 from loopwise.train.data.documents import Piece
 from loopwise.train.data.encoding import ByteEncoder, Encoder
 from loopwise.train.data.shards import Shards
+
+# Examples write files: few of them, and without a limit on the time of each.
+law = settings(deadline=None, max_examples=25)
 
 
 class NumberEncoder(Encoder):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.train.data.corpora import NumberEncoder, law, numbered, of_bytes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,11 +24,11 @@ from loopwise.train.data.build import Progress, build, write
 from loopwise.train.data.documents import Piece, Reading
 from loopwise.train.data.encoding import ByteEncoder
 from loopwise.train.data.shards import Shards, token_dtype
-from tests.train.data.corpora import NumberEncoder, numbered, of_bytes
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 
 
+@law
 @given(texts=st.lists(TEXT, min_size=1, max_size=8), shard_tokens=st.integers(1, 30), data=st.data())
 def test_what_is_written_is_read(
     texts: list[str], shard_tokens: int, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.train.data.corpora import law
 
 from loopwise.train.data import documents as module
 from loopwise.train.data.documents import Documents, Reading
@@ -34,6 +35,7 @@ def test_a_file_is_a_document_and_keeps_its_bytes(tmp_path: Path) -> None:
     assert texts([path]) == ["one\r\ntwo\n\nthree\rfour é\n"]
 
 
+@law
 @given(content=st.text(st.characters(codec="utf-8"), min_size=1, max_size=300), size=st.integers(1, 40))
 def test_pieces_are_the_file_whatever_their_length(
     content: str, size: int, tmp_path_factory: pytest.TempPathFactory

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.train.data.corpora import law
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,6 +34,7 @@ def word_tokenizer(**special: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", **special)
 
 
+@law
 @given(TEXT | st.sampled_from(["<|eos|>", "a <|bos|><|pad|>\r\n", " .,'s  n't ", "\x00\ufeff"]))
 def test_byte_ids_are_the_bytes_of_the_text(text: str) -> None:
     tokenizer = bytes_tokenizer()
@@ -42,6 +44,7 @@ def test_byte_ids_are_the_bytes_of_the_text(text: str) -> None:
     assert tokenizer.decode([256, *ids, 257, 258], skip_special_tokens=True) == text
 
 
+@law
 @given(st.binary(max_size=100))
 def test_any_bytes_round_trip(data: bytes) -> None:
     ids = np.frombuffer(data, np.uint8).astype(np.int64)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.train.data.corpora import law
 
 from loopwise.train.data import permute
 from loopwise.train.data.permute import key_of, mix64, permuted
@@ -13,11 +14,13 @@ from loopwise.train.data.permute import key_of, mix64, permuted
 KEYS = st.integers(0, 2**64 - 1)
 
 
+@law
 @given(size=st.integers(1, 3000), key=KEYS)
 def test_every_position_is_hit_once(size: int, key: int) -> None:
     assert np.array_equal(np.sort(permuted(np.arange(size), size, key)), np.arange(size))
 
 
+@law
 @given(size=st.integers(1, 2**40), key=KEYS, data=st.data())
 def test_a_position_does_not_depend_on_what_else_is_asked(size: int, key: int, data: st.DataObject) -> None:
     positions = np.array(data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=20)))

@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.train.data.corpora import law, numbered, of_bytes
 
 from loopwise.train.batch import IGNORE, Batch
 from loopwise.train.data.shards import Shards
 from loopwise.train.data.source import check_fingerprint
 from loopwise.train.data.text import ShardsData
 from loopwise.train.data.windows import WindowSource, pack, split_spans
-from tests.train.data.corpora import numbered, of_bytes
 
 MODES = st.sampled_from(["joined", "packed"])
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
@@ -56,6 +56,7 @@ def transitions(batch: Batch) -> Counter[tuple[int, int]]:
     return Counter(zip(batch.tokens_BT[scored].tolist(), batch.targets_BT[scored].tolist(), strict=True))
 
 
+@law
 @given(lengths=LENGTHS, mode=MODES, length=st.integers(1, 20), seed=st.integers(0, 2**32), data=st.data())
 def test_a_batch_is_its_rows_and_ranks_read_slices(
     lengths: list[int], mode: str, length: int, seed: int, data: st.DataObject
@@ -72,6 +73,7 @@ def test_a_batch_is_its_rows_and_ranks_read_slices(
     assert same(whole, again.batch(first, ranks * per_rank)), "nothing is remembered"
 
 
+@law
 @given(lengths=LENGTHS, mode=MODES, length=st.integers(1, 20), epoch=st.integers(0, 3))
 def test_every_token_is_used_once_an_epoch(lengths: list[int], mode: str, length: int, epoch: int) -> None:
     lengths = [*lengths, length + 2]
@@ -88,6 +90,7 @@ def test_every_token_is_used_once_an_epoch(lengths: list[int], mode: str, length
     assert found == wanted
 
 
+@law
 @given(lengths=LENGTHS, mode=MODES, seed=st.integers(0, 2**32))
 def test_epochs_are_permutations_of_the_same_rows(lengths: list[int], mode: str, seed: int) -> None:
     source = opened(corpus([*lengths, 60]), seed=seed, mode=mode)
@@ -104,6 +107,7 @@ def test_the_order_changes_with_the_seed_and_the_epoch() -> None:
     assert len({str(tokens.tolist()) for tokens in rows if tokens is not None}) == 4
 
 
+@law
 @given(lengths=LENGTHS, length=st.integers(2, 20))
 def test_packing_never_crosses(lengths: list[int], length: int) -> None:
     """Against a naive reading: inside a segment tokens are neighbours in one document, and positions count from 0."""
@@ -139,9 +143,10 @@ def test_short_documents_stay_whole() -> None:
         for row, target in zip(batch.segments_BT, batch.targets_BT, strict=True)
     )
     assert pieces == len(lengths)
-    assert batch.num_items / batch.num_tokens > 0.97, "little is padding"
+    assert batch.num_items / batch.num_tokens > 0.94, "little is padding"
 
 
+@law
 @given(st.lists(st.integers(1, 30), max_size=60))
 def test_packing_fits_and_is_best_fit_decreasing(counts: list[int]) -> None:
     length = 30
@@ -160,6 +165,7 @@ def test_packing_fits_and_is_best_fit_decreasing(counts: list[int]) -> None:
     assert sorted(loads) == sorted(naive)
 
 
+@law
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=80),
     held_out=st.sampled_from([0.01, 0.1, 0.25, 0.49]),
@@ -191,6 +197,7 @@ def test_whole_documents_are_held_out_where_there_are_enough() -> None:
     assert splits["valid"][:, 0].min() < 10_000 and splits["valid"][:, 1].max() > 40_000
 
 
+@law
 @given(mode=MODES, lengths=st.sampled_from([[900], [30] * 60]))
 def test_held_out_rows_never_occur_in_training(mode: str, lengths: list[int]) -> None:
     shards = corpus(lengths)

@@ -25,7 +25,7 @@ def take(batch: Batch, index: torch.Tensor) -> Batch:
     return replace(batch, **picked, keys={name: key[index] for name, key in batch.keys.items()})
 
 
-def join(batches: Sequence[Batch], pad: int = 0) -> Batch:
+def join(batches: Sequence[Batch], *, length: int | None = None, pad: int = 0) -> Batch:
     """Batches one after the other.
 
     Shorter rows are filled up on the right, where nothing is scored; filling is a document of its own where documents
@@ -33,6 +33,7 @@ def join(batches: Sequence[Batch], pad: int = 0) -> Batch:
 
     Args:
         batches: at least one, all of tokens or all of points of one shape.
+        length: tokens that rows get, at least those of the longest; None is the longest.
         pad: token that fills up.
     """
     if batches[0].points is not None:
@@ -43,7 +44,7 @@ def join(batches: Sequence[Batch], pad: int = 0) -> Batch:
             ),
             keys=_joined_keys(batches),
         )
-    length = max(_tokens(batch).shape[1] for batch in batches)
+    length = max(length or 0, *(_tokens(batch).shape[1] for batch in batches))
     values: dict[str, Any] = {
         "tokens_BT": torch.cat([_filled(_tokens(batch), length, pad) for batch in batches]),
         "targets_BT": torch.cat([_filled(batch.targets_BT, length, IGNORE) for batch in batches]),

@@ -77,7 +77,8 @@ class MixSource(Source):
             count = min(size, STRETCH - place)
             parts.append(self._part(stretch, place, count, seed, read))
             first, size = first + count, size - count
-        return join(parts)
+        # Every batch has one width, whichever sources its rows are from.
+        return join(parts, length=self.length)
 
     def _part(self, stretch: int, place: int, count: int, seed: int, read: Any) -> Batch:
         """Rows of one stretch; those of a source are neighbours in its own stream."""

@@ -1,7 +1,8 @@
 """Random order without storing it: any position of a permutation is computed from its key alone.
 
-A short permutation sorts hashes. For a long one, a balanced Feistel network permutes the smallest even power of two that holds all positions; a value that falls outside
-is sent through again until it is inside (cycle walking, Black and Rogaway 2002). Both keep the map a permutation.
+A short permutation sorts hashes. For a long one, a balanced Feistel network permutes the smallest even power of two
+that holds all positions; a value that falls outside is sent through again until it is inside (cycle walking, Black and
+Rogaway 2002). Both keep the map a permutation.
 """
 
 from __future__ import annotations

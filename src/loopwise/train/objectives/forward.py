@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -15,10 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from loopwise.loop.depth import LoopCount, LoopCounts
 from loopwise.loop.passes import LoopModule
 from loopwise.loop.state import RowSeeds
-from loopwise.models.attach import learn_rows
+from loopwise.models.attach import eval_mode, learn_rows
 from loopwise.models.causal import LoopwiseForCausalLM
-from loopwise.models.hub import base_model
-from loopwise.models.playing import looping_of
+from loopwise.models.hub import base_model, probe_inputs
 from loopwise.models.regression import LoopwiseForRegression
 from loopwise.train.batch import IGNORE, Batch
 
@@ -52,8 +52,8 @@ def forward_at(
         The model's output; for a batch of points the predictions `[R, B, P]` of the iterations with a gradient.
 
     Raises:
-        ValueError: points for a model of tokens or the reverse, a count without a loop, or depths per row where the
-            loop's components have no such thing.
+        ValueError: points for a model of tokens or the reverse, a count without a loop, depths per row where the loop's
+            components have no such thing, or packed documents for a model that would mix them.
     """
     inner = base_model(model)
     is_regression = isinstance(inner, LoopwiseForRegression)
@@ -71,6 +71,7 @@ def forward_at(
         return model(batch.points.xs_BNI, batch.points.ys_BN, **options)
     positions_BT = document_positions(batch)
     if positions_BT is not None:
+        refuse_packing(model)
         options["position_ids"] = positions_BT
     if isinstance(inner, LoopwiseForCausalLM):
         if any(isinstance(loop, LoopModule) and loop.gate is not None for loop in inner.model.loops.values()):
@@ -109,10 +110,34 @@ def document_positions(batch: Batch) -> torch.Tensor | None:
     return index_T - torch.where(starts_BT, index_T, 0).cummax(1).values
 
 
-def has_loops(model: nn.Module) -> bool:
-    """Whether the plan of a model has a loop at all."""
-    looping = looping_of(model)
-    return looping is not None and any(slot.iterations for slot in looping.plan.slots)
+def refuse_packing(model: Any) -> None:
+    """Try, once per model, whether a document sees the one before it in its row.
+
+    Raises:
+        ValueError: it does, as in recurrent layers, whose state goes on.
+    """
+    inner = base_model(model)
+    if inner not in _MIXES:
+        _MIXES[inner] = _mixes_documents(unwrapped(model))
+    if _MIXES[inner]:
+        raise ValueError(
+            f"{type(inner).__name__} does not keep packed documents apart: use data without packing, or full attention"
+        )
+
+
+# By model, whether a document reaches the next one in its row.
+_MIXES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _mixes_documents(model: nn.Module) -> bool:
+    ids_BT = probe_inputs(model, 2, 6)["input_ids"].flip(1)  # the rows differ in the first token
+    positions_BT = torch.tensor([0, 1, 2, 0, 1, 2], device=ids_BT.device).expand(2, -1)
+    options: dict[str, Any] = {"use_cache": False} if hasattr(base_model(model).config, "use_cache") else {}
+    if isinstance(base_model(model), LoopwiseForCausalLM):
+        options["generator"] = RowSeeds(seed=0, step=0, rows=(0, 0))
+    with eval_mode(model):
+        logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, **options).logits[:, 3:].float()
+    return bool((logits_BTV[0] - logits_BTV[1]).abs().max() > 1e-4 * logits_BTV.abs().max())
 
 
 def _is_scored(batch: Batch) -> torch.Tensor:
