@@ -15,8 +15,10 @@ from tests.models.common import BREADTH, looped
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
+from loopwise.loop.depth import LoopCounts
+from loopwise.loop.state import RowSeeds
 from loopwise.loop.window import GradientWindow
-from loopwise.models.attach import set_hooks
+from loopwise.models.attach import learn_rows, set_hooks
 from loopwise.models.blocks import BlockConfig
 from loopwise.models.causal import LoopwiseForCausalLM
 from loopwise.models.decoder_config import LoopwiseDecoderConfig
@@ -239,6 +241,29 @@ def test_the_loop_can_be_named(loop):
     runs = visits_of(model, 2)
     assert_same(gradients(model), want)
     assert len(runs) == (2 if loop == "low" else 4)
+
+
+COUNTS = LoopCounts(no_grad_B=torch.tensor([0, 3]), grad_B=torch.tensor([2, 2]))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_depth_for_every_row(attached):
+    if attached:
+        model, ids_BT = looped("llama", PLAN.replace("3", "3-5"))
+        learn_rows(model.train())
+        options = {}
+    else:
+        model, ids_BT = ours(loops={"core": RECURRENT}), IDS_BT
+        options = {"generator": RowSeeds(seed=0, step=0, rows=(0, 1))}
+    options |= {"loops": COUNTS, "use_cache": False}
+    want = gradients(model, ids_BT, **options)
+    runs = visits_of(model)
+    gradients(model, ids_BT, **options)
+    once = len(runs)
+    checkpoint_loops(model)
+    runs.clear()
+    assert_same(gradients(model, ids_BT, **options), want)
+    assert len(runs) == once + 2, "the two iterations with a gradient"
 
 
 def saved(model, loops, **options):

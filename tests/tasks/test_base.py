@@ -256,6 +256,8 @@ def test_score_equals_counting(data: st.DataObject) -> None:
         group = [hit for hit, key in zip(exact, key_B, strict=True) if key == value]
         assert result.by["k"][value] == pytest.approx(sum(group) / len(group))
         assert result.num_by["k"][value] == len(group)
+        inside = (targets_BT != IGNORE) & (key_B == value)[:, None]
+        assert result.token_by["k"][value] == pytest.approx((predicted_BT == targets_BT)[inside].mean())
     assert result.interval == wilson(sum(exact), size)
 
 

@@ -48,6 +48,16 @@ def test_dense_labels_are_what_the_search_finds(alphabet: int) -> None:
         assert "".join(text(task, drawn.targets_BT[row, 1:]).split()) == oracle("".join(letters), int(hops))
 
 
+def test_first_letters_may_be_left_out() -> None:
+    whole = PHop(context=20, hops=(0, 2)).draw(np.random.default_rng(3), 40)
+    late = PHop(context=20, hops=(0, 2), scored_from=7).draw(np.random.default_rng(3), 40)
+    assert (late.tokens_BT == whole.tokens_BT).all()
+    assert (late.targets_BT[:, :8] == IGNORE).all()
+    assert (late.targets_BT[:, 8:] == whole.targets_BT[:, 8:]).all()
+    task = PHop(context=20, hops=(0, 2), scored_from=7)
+    assert all(task.solve(late.tokens_BT[row]) == tuple(late.answer(row)) for row in range(40))
+
+
 @pytest.mark.parametrize("hops", [1, 2, 5])
 def test_the_last_letter_follows_the_published_definition(hops: int) -> None:
     task = PHop(context=48, hops=(hops,), dense=False)
@@ -98,6 +108,8 @@ def test_random_repeats_break_a_planted_chain() -> None:
         ({"alphabet": 2}, "alphabet=2 must be 3 to 26"),
         ({"alphabet": 27}, "alphabet=27 must be 3 to 26"),
         ({"context": 1}, "context=1 must be at least 2"),
+        ({"context": 5, "scored_from": 5}, "scored_from=5 must be 0 to 4"),
+        ({"scored_from": 5, "dense": False}, "scored_from=5 goes with dense rows"),
         ({"hops": ()}, r"hops=\(\) must be different, 0 to 100"),
         ({"hops": (3, 3)}, r"hops=\(3, 3\) must be different, 0 to 100"),
         ({"hops": (101,)}, "must be different, 0 to 100"),

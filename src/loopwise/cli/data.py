@@ -66,8 +66,9 @@ class Build:
                 shard_tokens=self.shard_tokens,
                 on_progress=on_progress,
             )
+        plural = "s" * (shards.num_documents != 1)
         print(
-            f"wrote {dst} ({shards.num_documents:,} documents, {shards.num_tokens:,} tokens, "
+            f"wrote {dst} ({shards.num_documents:,} document{plural}, {shards.num_tokens:,} tokens, "
             f"{common.size_of(Path(dst))}, fingerprint {shards.fingerprint[:16]})"
         )
 

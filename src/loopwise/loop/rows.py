@@ -16,7 +16,6 @@ from loopwise.loop.boundary import Turn
 from loopwise.loop.depth import LoopCounts
 from loopwise.loop.execute import Visit
 from loopwise.loop.window import main_loop
-from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
 
 
@@ -35,7 +34,8 @@ class RowDepths:
         self._path, self._loop = main_loop(plan)
         self._depth = sum(1 for end in range(1, len(self._path)) if _is_loop(plan, self._path[:end]))
         self._counts, self._batch = counts, counts.batch
-        self._rows: dict[int, torch.Tensor | None] = {}
+        # By iteration, the rows that take part: on the CPU, and where the state is (None for all).
+        self._rows: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def before(self, visit: Visit, state_BTD: torch.Tensor) -> Visit:
         """The visit of the rows that take part.
@@ -48,7 +48,7 @@ class RowDepths:
         num_counts = len(self._counts.no_grad_B)
         if num_counts != len(state_BTD):
             raise ValueError(f"loop counts are given for {num_counts} rows, the batch has {len(state_BTD)}")
-        rows = self._active(visit.slot, state_BTD.device)
+        _, rows = self._active(visit.slot.iterations[self._depth], state_BTD.device)
         if rows is None:
             return visit
         if visit.is_partial:
@@ -66,7 +66,7 @@ class RowDepths:
         own_B = torch.full_like(self._counts.no_grad_B, turn.iteration)
         if turn.iteration >= self._batch.no_grad:
             own_B = self._counts.no_grad_B + (turn.iteration - self._batch.no_grad)
-        return own_B if visit.rows is None else own_B[visit.rows.cpu()]
+        return self._of_visit(own_B, turn.iteration, visit)
 
     def starting(self, turn: Turn, visit: Visit) -> torch.Tensor | None:
         """Rows of a visit (their place in it) that are in their first iteration; None for other loops."""
@@ -78,14 +78,20 @@ class RowDepths:
         own_b = self.iterations(turn, visit)
         if own_b is None:
             return None
-        total_B = self._counts.total_B
-        return (own_b + 1 == (total_B if visit.rows is None else total_B[visit.rows.cpu()])).nonzero()[:, 0]
+        return (own_b + 1 == self._of_visit(self._counts.total_B, turn.iteration, visit)).nonzero()[:, 0]
 
-    def _active(self, slot: Slot, device: torch.device) -> torch.Tensor | None:
-        iteration = slot.iterations[self._depth]
+    def _of_visit(self, values_B: torch.Tensor, iteration: int, visit: Visit) -> torch.Tensor:
+        """Those of some values, `[B]` on the CPU, that belong to the rows of a visit."""
+        if visit.rows is None:
+            return values_B
+        on_cpu, rows = self._active(iteration, visit.rows.device)
+        return values_B[on_cpu if visit.rows is rows else visit.rows.cpu()]  # what is known need not wait for a device
+
+    def _active(self, iteration: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
         if iteration not in self._rows:
             active_B = self._counts.active(iteration)
-            self._rows[iteration] = None if bool(active_B.all()) else active_B.nonzero()[:, 0].to(device)
+            index = active_B.nonzero()[:, 0]
+            self._rows[iteration] = index, None if bool(active_B.all()) else index.to(device)
         return self._rows[iteration]
 
 

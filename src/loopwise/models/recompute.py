@@ -24,12 +24,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from loopwise.loop.execute import Hook, Visit, execute
+from loopwise.loop.rows import RowDepths
 from loopwise.loop.window import GradientWindow
 from loopwise.plan.nodes import Loop, Slot
 from loopwise.plan.plans import Plan
 
 if TYPE_CHECKING:
     from loopwise.models.playing import Frame
+
+_NARROWING = (GradientWindow, RowDepths)  # hooks that narrow visits whatever the state is, and do nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +48,11 @@ class Recompute:
 
 def play_recomputed(frame: Frame, hooks: Sequence[Hook], recompute: Recompute) -> torch.Tensor:
     """Visit the slots of a frame's plan like `execute` and return the last state `[B, T, D]`; bit for bit the same."""
-    windows = [hook for hook in hooks if isinstance(hook, GradientWindow)]
-    if len(windows) < len(hooks) or not _can_fork(frame.passes):
+    if not all(isinstance(hook, _NARROWING) for hook in hooks) or not _can_fork(frame.passes):
         frame.recompute_layers = True
         return execute(frame.hidden, (Visit(slot=slot) for slot in frame.plan.slots), frame.run, hooks)
     state_BTD = frame.hidden
-    for is_iteration, visits in _spans(frame.plan, windows, recompute.loop):
+    for is_iteration, visits in _spans(frame, hooks, recompute.loop):
         if is_iteration:
             state_BTD = checkpoint(_Iteration(frame, visits), state_BTD, use_reentrant=False)
         else:
@@ -84,15 +86,16 @@ class _Iteration:
             return execute(state_BTD, self.visits, fork.run)
 
 
-def _spans(plan: Plan, windows: Sequence[GradientWindow], loop: str | None) -> Iterator[tuple[bool, list[Visit]]]:
+def _spans(frame: Frame, hooks: Sequence[Hook], loop: str | None) -> Iterator[tuple[bool, list[Visit]]]:
     """Consecutive visits that belong together, and whether they are (the part with a gradient of) an iteration."""
-    depth, prefix = _where(plan, loop)
+    depth, prefix = _where(frame.plan, loop)
     visits = []
-    for slot in plan.slots:
-        visit = Visit(slot=slot)
-        for window in windows:
-            visit = window.before(visit, torch.empty(0))
-        visits.append(visit)
+    for slot in frame.plan.slots:
+        visit: Visit | None = Visit(slot=slot)
+        for hook in hooks:
+            visit = visit and hook.before(visit, frame.hidden)
+        if visit is not None:
+            visits.append(visit)
 
     def group(visit: Visit) -> tuple[bool, Any]:
         inside = _is_inside(visit.slot, depth, prefix) and visit.with_grad

@@ -16,7 +16,7 @@ from typing import Any
 
 from loopwise.train.config import RunConfig
 
-_HOMES = ("quickstart", "language", "regression")
+_HOMES = ("quickstart", "reasoning", "language", "regression")
 
 
 def recipes() -> dict[str, Callable[..., RunConfig]]:
@@ -84,7 +84,9 @@ def _functions(names: Mapping[str, Any], module: str | None) -> dict[str, Callab
             value.__module__ == module if module else value.__globals__ is names or value.__module__ == "<run_path>"
         )
         returns = value.__annotations__.get("return")
-        if at_home and returns in (RunConfig, "RunConfig"):
+        arguments = inspect.signature(value).parameters.values()
+        needs = any(item.default is item.empty and item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD) for item in arguments)
+        if at_home and not needs and returns in (RunConfig, "RunConfig"):
             found[name] = value
     return found
 

@@ -239,6 +239,7 @@ class Score:
         token: share of scored positions that are right.
         num: number of rows.
         by: key -> value -> `exact` among the rows with that value.
+        token_by: key -> value -> `token` among the rows with that value.
         num_by: key -> value -> number of rows with that value.
     """
 
@@ -246,6 +247,7 @@ class Score:
     token: float
     num: int
     by: dict[str, dict[int, float]]
+    token_by: dict[str, dict[int, float]]
     num_by: dict[str, dict[int, int]]
 
     @property
@@ -273,13 +275,18 @@ def score(rows: Rows, predicted_BT: np.ndarray) -> Score:
     right_BT = predicted_BT == rows.targets_BT
     exact_B = (right_BT | ~scored_BT).all(axis=1)
     by: dict[str, dict[int, float]] = {}
+    token_by: dict[str, dict[int, float]] = {}
     num_by: dict[str, dict[int, int]] = {}
     for name, key_B in rows.keys.items():
         groups = {int(value): key_B == value for value in np.unique(key_B)}
         by[name] = {value: float(exact_B[group_B].mean()) for value, group_B in groups.items()}
+        token_by[name] = {
+            value: float((right_BT & scored_BT)[group_B].sum() / scored_BT[group_B].sum())
+            for value, group_B in groups.items()
+        }
         num_by[name] = {value: int(group_B.sum()) for value, group_B in groups.items()}
     token = float((right_BT & scored_BT).sum() / scored_BT.sum())
-    return Score(exact=float(exact_B.mean()), token=token, num=len(rows), by=by, num_by=num_by)
+    return Score(exact=float(exact_B.mean()), token=token, num=len(rows), by=by, token_by=token_by, num_by=num_by)
 
 
 def wilson(successes: int, num: int, z: float = 1.959964) -> tuple[float, float]:

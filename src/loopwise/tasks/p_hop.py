@@ -36,6 +36,7 @@ class PHop(Task):
         context: letters in a row, N.
         hops: the values of p, one drawn for each row.
         dense: whether every letter is scored, or the last alone.
+        scored_from: number of first letters of dense rows that are not scored, where most hops are undefined.
 
     Raises:
         ValueError: a size is out of range; when drawing, hardly any row has as many hops.
@@ -47,6 +48,7 @@ class PHop(Task):
     context: int = 100
     hops: tuple[int, ...] = tuple(range(17))
     dense: bool = True
+    scored_from: int = 0
 
     def __post_init__(self) -> None:
         """Check the sizes."""
@@ -54,6 +56,8 @@ class PHop(Task):
         self.require(3 <= self.alphabet <= 26, "alphabet", "must be 3 to 26")
         self.require(self.context >= 2, "context", "must be at least 2")
         self.require_counts("hops", least=0, most=self.context)
+        self.require(0 <= self.scored_from < self.context, "scored_from", f"must be 0 to {self.context - 1}")
+        self.require(self.dense or not self.scored_from, "scored_from", "goes with dense rows; without, use 0")
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -68,7 +72,7 @@ class PHop(Task):
     @property
     def chance(self) -> float:
         """Guessing letters; for a single hop one letter is impossible, so a guesser gets 1 / (alphabet - 1)."""
-        return float(self.alphabet) ** -(self.context if self.dense else 1)
+        return float(self.alphabet) ** -(self.context - self.scored_from if self.dense else 1)
 
     def draw(self, rng: np.random.Generator, size: int) -> Rows:
         """Random letters, labelled by the definition."""
@@ -77,6 +81,7 @@ class PHop(Task):
         letters_BN = self._letters(rng, size)
         if self.dense:
             labels_BN = self.labels(letters_BN, hops_B)
+            labels_BN[:, : self.scored_from] = IGNORE
         else:
             labels_BN = np.full_like(letters_BN, IGNORE)
             labels_BN[:, -1] = self._reachable(rng, letters_BN, hops_B)
@@ -118,7 +123,8 @@ class PHop(Task):
         hops = self.hops[int(tokens_T[0]) - _FIRST_LETTER - self.alphabet]
         letters = [int(token) for token in tokens_T[1:]]
         return tuple(
-            _follow(letters, place, hops) for place in range(0 if self.dense else self.context - 1, self.context)
+            _follow(letters, place, hops)
+            for place in range(self.scored_from if self.dense else self.context - 1, self.context)
         )
 
     def _letters(self, rng: np.random.Generator, size: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from loopwise.tasks.base import IGNORE, PAD, Rows, Task
 
 _NEXT, _ASK, _COLON, _END = range(1, 5)
 _FIRST_SYMBOL = 5
-_MAX_TRIES = 10000
+_MAX_TRIES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Reachability(Task):
         super().__post_init__()
         self.require(self.num_nodes >= 4, "num_nodes", "must be at least 4")
         self.require(
-            self.num_symbols >= self.num_nodes, "num_symbols", f"must be at least {self.num_nodes} (num_nodes)"
+            self.num_symbols >= self.num_nodes, "num_symbols", f"must be at least num_nodes ({self.num_nodes})"
         )
         self.require(self.num_edges >= self.num_nodes // 2, "max_edges", "must be at least half of num_nodes")
         self.require(1 <= self.min_hops <= self.max_hops, "min_hops", f"must be from 1 to {self.max_hops} (max_hops)")

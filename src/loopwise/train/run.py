@@ -264,7 +264,9 @@ class Run:
         if self.world.size > 1:
             (shard if config.parallel == "fsdp" else replicate)(self.model)
         self.parameters = trainable(self.model)
-        self.optimizer = config.optimizer.build(self.parameters, rules)
+        self.optimizer = config.optimizer.build(
+            self.parameters, {name: rule for name, rule in rules.items() if name in self.parameters}
+        )
         self.ema = None if config.ema is None else Ema(self.parameters, decay=config.ema)
         for index in range(stage + 1):
             self._enter(index)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +10,8 @@ from hypothesis import strategies as st
 from tests.train.data.corpora import law
 
 from loopwise.loop import config
-from loopwise.tasks.base import IGNORE, Rows, Task, rows
+from loopwise.tasks.base import IGNORE, rows
+from loopwise.tasks.induction import Induction
 from loopwise.tasks.regression import LinearRegression, points
 from loopwise.train.batch import Batch, Points
 from loopwise.train.data.batches import join, take
@@ -23,34 +21,16 @@ from loopwise.train.data.source import DataConfig
 from loopwise.train.data.vocabulary import vocabulary_tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
-class Echo(Task):
-    """Repeat a word of digits."""
-
-    kind: ClassVar[str | None] = "task.test_echo"
-    size: int = 6
-
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        return ("<pad>", "=", *map(str, range(10)))
-
-    @property
-    def length(self) -> int:
-        return 2 * self.size
-
-    def draw(self, rng: np.random.Generator, size: int) -> Rows:
-        words = rng.integers(2, 12, (size, self.size))
-        row = np.concatenate([words, np.ones((size, 1), np.int64), words], axis=1)
-        targets = np.full((size, self.length), IGNORE)
-        targets[:, self.size :] = words
-        return Rows(tokens_BT=row[:, :-1], targets_BT=targets, keys={"first": words[:, 0]})
+def echo(size: int = 6) -> Induction:
+    """Write a word of ten letters a second time."""
+    return Induction(symbols=10, sizes=(size,))
 
 
-TASK = TaskData(task=Echo())
+TASK = TaskData(task=echo())
 PROMPTS = RegressionData(task=LinearRegression(inputs=3, num_points=5))
-MIXED = MixData(sources=(TASK, TaskData(task=Echo(size=4))), weights=(3.0, 1.0))
+MIXED = MixData(sources=(TASK, TaskData(task=echo(4))), weights=(3.0, 1.0))
 CONFIGS = st.sampled_from(
-    [TASK, TaskData(task=Echo(), rows=100), PROMPTS, RegressionData(task=PROMPTS.task, rows=70), MIXED]
+    [TASK, TaskData(task=echo(), rows=100), PROMPTS, RegressionData(task=PROMPTS.task, rows=70), MIXED]
 )
 
 
@@ -82,16 +62,16 @@ def test_a_batch_is_its_rows_and_ranks_read_slices(data_config: DataConfig, seed
 
 def test_rows_are_those_of_the_task() -> None:
     source = TASK.open(seed=5)
-    drawn = rows(Echo(), seed=5, index=2, size=BLOCK)
+    drawn = rows(echo(), seed=5, index=2, size=BLOCK)
     batch = source.batch(2 * BLOCK, BLOCK)
     found = columns(batch)
     assert np.array_equal(found["tokens"].numpy(), drawn.tokens_BT)
     assert np.array_equal(found["targets"].numpy(), drawn.targets_BT)
-    assert np.array_equal(found["first"].numpy(), drawn.keys["first"])
+    assert np.array_equal(found["size"].numpy(), drawn.keys["size"])
     assert found["tokens"].dtype == found["targets"].dtype == torch.int64
     assert source.num_rows() is None
     for split in ("valid", "test"):
-        wanted = rows(Echo(), seed=0, index=0, size=BLOCK, split=split)
+        wanted = rows(echo(), seed=0, index=0, size=BLOCK, split=split)
         assert np.array_equal(columns(source.held_out(0, BLOCK, split))["tokens"].numpy(), wanted.tokens_BT)
     with pytest.raises(ValueError, match="split 'dev' is unknown"):
         source.held_out(0, 1, "dev")
@@ -107,27 +87,27 @@ def test_prompts_are_those_of_the_task() -> None:
 
 
 def test_a_limited_set_repeats_every_row_once_an_epoch() -> None:
-    source = TaskData(task=Echo(), rows=100).open(seed=1)
+    source = TaskData(task=echo(), rows=100).open(seed=1)
     epochs = [columns(source.batch(100 * epoch, 100))["tokens"].tolist() for epoch in range(3)]
     endless = columns(TASK.open(seed=1).batch(0, 100))["tokens"].tolist()
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) == sorted(endless)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != endless
     assert source.num_rows() == 100
     with pytest.raises(ValueError, match="rows=0 must be at least 1"):
-        TaskData(task=Echo(), rows=0)
+        TaskData(task=echo(), rows=0)
 
 
 def test_seeds_and_fingerprints() -> None:
     one, other = TASK.open(seed=0), TASK.open(seed=1)
     assert one.fingerprint == other.fingerprint and not same(one.batch(0, 4), other.batch(0, 4))
-    configs = (TASK, TaskData(task=Echo(size=5)), TaskData(task=Echo(), rows=9), PROMPTS, MIXED)
+    configs = (TASK, TaskData(task=echo(5)), TaskData(task=echo(), rows=9), PROMPTS, MIXED)
     assert len({data_config.open(seed=0).fingerprint for data_config in configs}) == len(configs)
 
 
 def test_a_generator_that_changed_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     before = TASK.open(seed=0).fingerprint
-    draw = Echo.draw
-    monkeypatch.setattr(Echo, "draw", lambda self, rng, size: draw(self, np.random.default_rng(1), size))
+    draw = Induction.draw
+    monkeypatch.setattr(Induction, "draw", lambda self, rng, size: draw(self, np.random.default_rng(1), size))
     assert TASK.open(seed=0).fingerprint != before
 
 
@@ -180,7 +160,7 @@ def test_mixes_that_make_no_sense_are_refused() -> None:
 
 
 def test_configs_survive_json() -> None:
-    for data_config in (TASK, TaskData(task=Echo(size=3), rows=7), PROMPTS, MIXED):
+    for data_config in (TASK, TaskData(task=echo(3), rows=7), PROMPTS, MIXED):
         assert config.from_dict(config.to_dict(data_config)) == data_config
     assert {"data.task", "data.regression", "data.mix", "data.text", "data.shards"} <= set(config.kinds())
 
@@ -209,8 +189,8 @@ def test_joining_fills_up_positions_and_documents() -> None:
 
 def test_symbols_have_a_tokenizer() -> None:
     tokenizer = TASK.open(seed=0).tokenizer
-    assert tokenizer("3 7 = 3")["input_ids"] == [5, 9, 1, 5]
-    assert tokenizer.decode([5, 9, 1]) == "3 7 =" and tokenizer.pad_token_id == 0
+    assert tokenizer("d h | d")["input_ids"] == [5, 9, 1, 5]
+    assert tokenizer.decode([5, 9, 1]) == "d h |" and tokenizer.pad_token_id == 0
     letters = vocabulary_tokenizer(["<pad>", "a", "b", "\n"], "")
     assert letters("ab\nb")["input_ids"] == [1, 2, 3, 2] and letters.decode([1, 2, 3, 2]) == "ab\nb"
     assert vocabulary_tokenizer(["<pad>", "two words"], " ") is None

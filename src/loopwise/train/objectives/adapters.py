@@ -54,7 +54,7 @@ class LoraConfig(Component):
         except ImportError:
             raise ValueError('adapters.lora needs the package peft: pip install "loopwise[peft]"') from None
         found = layer_list(model)
-        names = _linear_names(found.layers)
+        names, is_transposed = _linear_names(found.layers)
         for target in self.targets:
             if target not in names:
                 raise ValueError(f"adapters.lora: targets has {target!r}{suggest(target, names)}")
@@ -63,6 +63,7 @@ class LoraConfig(Component):
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType] -- any number divides by r
             lora_dropout=self.dropout,
+            fan_in_fan_out=is_transposed,
             target_modules=rf"{re.escape(found.path)}\.\d+\.(?:.*\.)?(?:{chosen})",
         )
         with torch.random.fork_rng(devices=[]):
@@ -70,8 +71,11 @@ class LoraConfig(Component):
             return peft.get_peft_model(model, config)
 
 
-def _linear_names(layers: nn.ModuleList) -> set[str]:
-    """Last parts of the names of linear modules (transposed ones of GPT-2 included) inside some layers."""
-    kinds = ("Linear", "Conv1D")
-    modules = (item for layer in layers for item in layer.named_modules())
-    return {name.rpartition(".")[2] for name, module in modules if type(module).__name__ in kinds and name}
+def _linear_names(layers: nn.ModuleList) -> tuple[set[str], bool]:
+    """Last parts of the names of linear modules inside some layers; and whether they are transposed, as in GPT-2."""
+    found = {}
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if name and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
+                found[name.rpartition(".")[2]] = not isinstance(module, nn.Linear)
+    return set(found), any(found.values())

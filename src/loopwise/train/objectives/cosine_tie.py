@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cosine_similarity
 
 from loopwise.models.hub import layer_list
@@ -48,11 +49,13 @@ class CosineTie(LossTerm):
             raise ValueError(
                 f"loss.cosine_tie: block={self.block} leaves no two layers to compare, the model has {count}; use less"
             )
+        if any(isinstance(parameter, DTensor) for parameter in layers.parameters()):
+            raise ValueError("loss.cosine_tie compares whole matrices, which parallel='fsdp' shards: use 'ddp'")
         if not weight_groups(layers, self.block):
             raise ValueError("loss.cosine_tie: no weight matrix has the same name and shape in layers to be compared")
 
         def value(seen: Seen) -> torch.Tensor:
-            # The groups are looked up every time: parameters may have been replaced (sharding, loading) since.
+            # The groups are looked up every time: parameters may have been replaced (an edit, loading) since.
             return seen.share * self.weight * (1 - similarity(layers, self.block))
 
         return value
