@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.test_docs import ROOT, blocks, run_console, run_python, tiny_folder
 
 from loopwise.checkpoints.loading import FAMILIES
+from tests.test_docs import ROOT, blocks, run_console, run_python, tiny_folder
 
 PAGES = sorted((ROOT / "docs" / "families").glob("*.md"))
 GOLDENS = ROOT / "tests" / "goldens"

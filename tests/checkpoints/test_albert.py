@@ -9,6 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from transformers import AlbertConfig, AlbertForMaskedLM, AlbertForPreTraining
+
+import loopwise
+from loopwise.checkpoints.albert import ALBERT, plan_text
+from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
+from loopwise.models.encoder import LoopwiseEncoder, LoopwiseEncoderConfig
 from tests.checkpoints.foreign import (
     GOLDENS,
     REMOVED,
@@ -18,12 +24,6 @@ from tests.checkpoints.foreign import (
     spoiled,
     tensors_of,
 )
-from transformers import AlbertConfig, AlbertForMaskedLM, AlbertForPreTraining
-
-import loopwise
-from loopwise.checkpoints.albert import ALBERT, plan_text
-from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
-from loopwise.models.encoder import LoopwiseEncoder, LoopwiseEncoderConfig
 
 GOLDEN = GOLDENS / "albert"
 ATOL = 2e-5

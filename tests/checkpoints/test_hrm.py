@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints import naive_reasoner
-from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 
 import loopwise
 from loopwise.checkpoints.hrm import HRM, TRM
@@ -15,6 +13,8 @@ from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
 from loopwise.checkpoints.tensors import export_tensors
 from loopwise.models.attach import plan_of, set_loops
 from loopwise.models.puzzle import LoopwisePuzzleModel
+from tests.checkpoints import naive_reasoner
+from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 
 FOLDERS = ("hrm", "trm_attention", "trm_mlp_t")
 ATOL = 2e-5

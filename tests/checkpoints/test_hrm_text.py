@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 from transformers import HrmTextConfig, HrmTextForCausalLM
 
 import loopwise
@@ -15,6 +14,7 @@ from loopwise.checkpoints.hrm_text import HRM_TEXT
 from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
 from loopwise.models.attach import plan_of, set_cache, set_loops
 from loopwise.models.causal import LoopwiseForCausalLM
+from tests.checkpoints.foreign import GOLDENS, config_of, tensors_of, write
 
 GOLDEN = GOLDENS / "hrm_text"
 ATOL = 1e-5

@@ -8,6 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+
+import loopwise
+from loopwise.checkpoints.huginn import HUGINN, RETROFIT
+from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
+from loopwise.checkpoints.tensors import export_tensors
 from tests.checkpoints.foreign import (
     GOLDENS,
     REMOVED,
@@ -18,11 +23,6 @@ from tests.checkpoints.foreign import (
     tensors_of,
     write,
 )
-
-import loopwise
-from loopwise.checkpoints.huginn import HUGINN, RETROFIT
-from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
-from loopwise.checkpoints.tensors import export_tensors
 
 FAMILIES = {"huginn": HUGINN, "retrofit_llama": RETROFIT}
 TOLERANCE = 2e-5

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+
+import loopwise
+from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
+from loopwise.checkpoints.loopformer import LOOPFORMER
 from tests.checkpoints.foreign import (
     GOLDENS,
     REMOVED,
@@ -13,10 +17,6 @@ from tests.checkpoints.foreign import (
     tensors_of,
     write,
 )
-
-import loopwise
-from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
-from loopwise.checkpoints.loopformer import LOOPFORMER
 
 GOLDEN = GOLDENS / "loopformer"
 ATOL = 3e-5

@@ -14,6 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+
+import loopwise
+from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
+from loopwise.checkpoints.mor import MOR
+from loopwise.models.attach import set_cache
+from loopwise.models.rotary import rotary_tables
 from tests.checkpoints.foreign import (
     GOLDENS,
     REMOVED,
@@ -25,12 +31,6 @@ from tests.checkpoints.foreign import (
     tensors_of,
     write,
 )
-
-import loopwise
-from loopwise.checkpoints.loading import export_checkpoint, import_checkpoint
-from loopwise.checkpoints.mor import MOR
-from loopwise.models.attach import set_cache
-from loopwise.models.rotary import rotary_tables
 
 ATOL = 2e-5
 EXPERT, TOKEN = GOLDENS / "mor_expert", GOLDENS / "mor_token"

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+
+import loopwise
+from loopwise.checkpoints.loading import import_checkpoint
+from loopwise.checkpoints.parcae import PARCAE
 from tests.checkpoints.foreign import (
     GOLDENS,
     REMOVED,
@@ -11,10 +15,6 @@ from tests.checkpoints.foreign import (
     spoiled,
     tensors_of,
 )
-
-import loopwise
-from loopwise.checkpoints.loading import import_checkpoint
-from loopwise.checkpoints.parcae import PARCAE
 
 GOLDEN = GOLDENS / "parcae"
 ATOL = 2e-5

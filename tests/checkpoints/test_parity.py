@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.checkpoints import parity
 
 from loopwise.checkpoints.loading import FAMILIES
+from tests.checkpoints import parity
 
 ROWS = {row["checkpoint"]: row for row in json.loads(parity.TABLE.read_text(encoding="utf-8"))}
 

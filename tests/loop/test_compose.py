@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.train.ranks import on_ranks
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
 from loopwise.loop.compose import CAPABILITIES, matrix
 from loopwise.loop.halting import HazardHalting
 from loopwise.train.parallel import count_collectives, finish_backward, shard
+from tests.train.ranks import on_ranks
 
 PLAN = "0 core:(1-4)x2 5"
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

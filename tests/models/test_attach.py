@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 from laws import assert_close
-from tests.models.common import BREADTH, LOOPED, logits, looped
 from tiny import tiny_inputs, tiny_model
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, T5Config, T5ForCondi
 import loopwise
 from loopwise.models.attach import set_hooks
 from loopwise.models.hub import layer_list
+from tests.models.common import BREADTH, LOOPED, logits, looped
 
 HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 

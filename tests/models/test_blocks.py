@@ -7,6 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from loopwise.models.blocks import AdaLNConfig, BlockConfig
+from loopwise.models.causal import LoopwiseForCausalLM
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
+from loopwise.models.mixers import AttentionConfig, QKNormConfig, TokenMixerConfig
+from loopwise.models.mlps import MLPConfig
+from loopwise.models.norms import LayerNorm, NormConfig, RMSNorm
+from loopwise.models.rotary import RotaryConfig
 from tests.models import naive_blocks
 from tests.models.block_families import (
     FAMILIES,
@@ -20,15 +29,6 @@ from tests.models.block_families import (
     noise,
     tables,
 )
-from torch.utils.checkpoint import checkpoint
-
-from loopwise.models.blocks import AdaLNConfig, BlockConfig
-from loopwise.models.causal import LoopwiseForCausalLM
-from loopwise.models.decoder_config import LoopwiseDecoderConfig
-from loopwise.models.mixers import AttentionConfig, QKNormConfig, TokenMixerConfig
-from loopwise.models.mlps import MLPConfig
-from loopwise.models.norms import LayerNorm, NormConfig, RMSNorm
-from loopwise.models.rotary import RotaryConfig
 
 MORE = {
     "head_norm_and_qk_bias": BlockConfig(

@@ -5,8 +5,6 @@ import shutil
 
 import pytest
 import torch
-from tests.models import naive_blocks
-from tests.models.block_families import FAMILIES, HALF, WIDTH, build, extras, model_config, noise, tables
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
@@ -16,6 +14,8 @@ from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.norms import NormConfig
 from loopwise.models.rotary import RotaryConfig, half_split_order, rotary_tables, rotate
+from tests.models import naive_blocks
+from tests.models.block_families import FAMILIES, HALF, WIDTH, build, extras, model_config, noise, tables
 
 TOKENS = 6
 # Kernels that see other shapes round differently; the states are of size 1 to 10.

@@ -9,7 +9,6 @@ import threading
 import pytest
 import torch
 from laws import odd_plan
-from tests.models.common import logits, looped
 from tiny import tiny_inputs, tiny_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import loopwise
 from loopwise.models.attach import set_hooks
 from loopwise.models.hub import layer_list
+from tests.models.common import logits, looped
 
 
 def in_another_thread(function):

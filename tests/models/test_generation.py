@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 from laws import assert_close, odd_plan
-from tests.models.common import LOOPED
 from tiny import tiny_inputs, tiny_model
 from transformers import DynamicCache
 
 import loopwise
+from tests.models.common import LOOPED
 
 ATTENTION = ["llama", "gpt2", "bloom", "gemma3_text", "mixtral", "opt", "bert"]
 STATE = ["mamba", "mamba2", "recurrent_gemma", "falcon_h1", "zamba", "qwen3_next", "lfm2"]

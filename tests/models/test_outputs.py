@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import assert_close
-from tests.models.common import BREADTH, LOOPED, logits, looped
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
+from tests.models.common import BREADTH, LOOPED, logits, looped
 
 
 @pytest.mark.parametrize("return_dict", [True, False])

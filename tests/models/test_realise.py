@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import assert_close, odd_plan
-from tests.models.common import LOOPED, logits
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
 from loopwise.models.hub import layer_list, text_config
 from loopwise.models.realise import expand_config
+from tests.models.common import LOOPED, logits
 
 # Layer 0 twice in a row, out of order, and layer 3 dropped: a list shifted by one, or left as it was, shows.
 SHUFFLED = "0 0 5 (1-2)x2 4"

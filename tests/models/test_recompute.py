@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.models.common import BREADTH, looped
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
@@ -26,6 +25,7 @@ from loopwise.models.mixers import AttentionConfig
 from loopwise.models.mlps import MLPConfig
 from loopwise.models.readouts import loop_loss
 from loopwise.train.parallel import checkpoint_loops
+from tests.models.common import BREADTH, looped
 
 PLAN = "0 core:(1-2)x4 3"
 IDS_BT = torch.randint(19, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from laws import assert_close, odd_plan
-from tests.models.common import LOOPED, looped
 from tiny import tiny_inputs, tiny_model
 from transformers import (
     AutoConfig,
@@ -23,6 +22,7 @@ from transformers import (
 
 import loopwise
 from loopwise.models.wrapper import CODE_FILE
+from tests.models.common import LOOPED, looped
 
 TYPES = [
     "llama",

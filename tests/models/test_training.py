@@ -8,7 +8,6 @@ import pytest
 import torch
 from laws import assert_close
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.models.common import LOOPED
 from tiny import tiny_inputs, tiny_model
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import loopwise
 from loopwise.models.hub import layer_list
 from loopwise.models.playing import looping_of
+from tests.models.common import LOOPED
 
 CHECKPOINTED = [
     "llama",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import assert_close
-from tests.models.common import logits, looped
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
@@ -19,6 +18,7 @@ from loopwise.models.hub import layer_list
 from loopwise.models.playing import looping_of
 from loopwise.models.regression import LoopwiseForRegression
 from loopwise.train.models import DecoderModel, Loop, RegressionModel
+from tests.models.common import logits, looped
 
 PLAN = "0 core:(1-4)x3 5"
 SLICED = ["llama", "gpt2", "bloom", "gemma3_text", "mixtral", "mamba2", "qwen3_next", "bert"]

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.plan.plan_strategies import covering_plans, plans
 
 from loopwise.plan import Edit, Plan, PlanError, drop, insert, loop, repeat, tie, unroll, untie
+from tests.plan.plan_strategies import covering_plans, plans
 
 
 @given(plans())

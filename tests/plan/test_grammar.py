@@ -5,9 +5,9 @@ import pickle
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tests.plan.plan_strategies import plans
 
 from loopwise.plan import MAX_SLOTS, Plan, PlanError
+from tests.plan.plan_strategies import plans
 
 
 @pytest.mark.parametrize(

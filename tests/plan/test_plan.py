@@ -6,9 +6,9 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.plan.plan_strategies import naive_visits, plans, plans_with_named_loop
 
 from loopwise.plan import MAX_SLOTS, Loop, Plan, PlanError, Slot, Span
+from tests.plan.plan_strategies import naive_visits, plans, plans_with_named_loop
 
 
 @given(plans())

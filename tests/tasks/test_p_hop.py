@@ -108,7 +108,7 @@ def test_random_repeats_break_a_planted_chain() -> None:
         ({"alphabet": 2}, "alphabet=2 must be 3 to 26"),
         ({"alphabet": 27}, "alphabet=27 must be 3 to 26"),
         ({"context": 1}, "context=1 must be at least 2"),
-        ({"context": 5, "scored_from": 5}, "scored_from=5 must be 0 to 4"),
+        ({"context": 20, "scored_from": 20}, "scored_from=20 must be 0 to 19"),
         ({"scored_from": 5, "dense": False}, "scored_from=5 goes with dense rows"),
         ({"hops": ()}, r"hops=\(\) must be different, 0 to 100"),
         ({"hops": (3, 3)}, r"hops=\(3, 3\) must be different, 0 to 100"),

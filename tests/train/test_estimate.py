@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.runs import tiny_config, two_stages
 
 from loopwise.loop.config import to_dict
 from loopwise.loop.depth import FixedDepth, PoissonDepth, UniformDepth
@@ -25,6 +24,7 @@ from loopwise.train.memory import held_bytes, peak_bytes, reset_peak
 from loopwise.train.models import DecoderModel
 from loopwise.train.optim import AdamATan2Config, MuonConfig
 from loopwise.train.run import Run
+from tests.train.runs import tiny_config, two_stages
 
 GIVEN = 1e9
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tests.train.ranks import on_ranks
 from tiny import tiny_inputs, tiny_model
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +38,7 @@ from loopwise.train.parallel import (
     units_of,
     without_sync,
 )
+from tests.train.ranks import on_ranks
 
 PLAN = "0 core:(1-2)x4 3-5"
 

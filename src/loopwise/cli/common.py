@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 import loopwise
+from loopwise.io.amounts import amount as amount
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -249,14 +250,6 @@ def console(*, stderr: bool = False) -> Console:
 
     made = PlainConsole(stderr=stderr, highlight=False)
     return made if made.is_terminal else PlainConsole(stderr=stderr, highlight=False, width=200)
-
-
-def amount(value: float, unit: str = "") -> str:
-    """A number for people, three significant digits: 134515008 -> `135 M`."""
-    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:#.3g}".rstrip(".") + f" {prefix}{unit}"
-    return f"{value:.4g} {unit}".rstrip()
 
 
 def versions() -> dict[str, str]:

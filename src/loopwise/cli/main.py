@@ -25,6 +25,7 @@ from loopwise.cli.importing import Import
 from loopwise.cli.inspect import Inspect
 from loopwise.cli.score import Score
 from loopwise.cli.tasks import Tasks
+from loopwise.cli.tour import Tour
 from loopwise.cli.train import Recipes, Train
 
 DESCRIPTION = (
@@ -32,7 +33,8 @@ DESCRIPTION = (
 )
 
 Command = (
-    Annotated[Train, subcommand("train", description="Train a recipe, or go on with a run.")]
+    Annotated[Tour, subcommand("tour", description="Watch a small looped model answer, iteration by iteration.")]
+    | Annotated[Train, subcommand("train", description="Train a recipe, or go on with a run.")]
     | Annotated[Recipes, subcommand("recipes", description="List the recipes that train knows.")]
     | Annotated[Tasks, subcommand("tasks", description="List the reasoning tasks, or show rows of one.")]
     | Annotated[Data, subcommand("data", description="Build token shards from texts, or show what is in them.")]

@@ -52,7 +52,7 @@ class Train:
         if self.dry_run:
             from loopwise.train.estimate import estimate_run
 
-            print("\n".join(estimate_run(config).lines()))
+            print("\n".join(estimate_run(config, device=self.device).lines()))
             return
         from loopwise.train.run import Run
         from loopwise.train.world import World
@@ -144,7 +144,7 @@ def show(run: Run, num_steps: int | None = None) -> None:
 
 @contextmanager
 def interruptible(run: Any) -> Iterator[dict[str, bool]]:
-    """Within the block, Ctrl-C and a polite end of the process let the running step finish; a second Ctrl-C does not."""
+    """Within the block, Ctrl-C and SIGTERM let the running step finish; a second one does not."""
     state = {"interrupted": False}
 
     def stop(number: int, frame: Any) -> None:

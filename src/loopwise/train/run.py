@@ -31,7 +31,7 @@ from loopwise.train.config import RunConfig, Stage, read_config, write_config
 from loopwise.train.data.source import Source, check_fingerprint
 from loopwise.train.evaluate import evaluate
 from loopwise.train.metrics import Metrics, read_metrics
-from loopwise.train.objectives import build_terms, check_objective, compute_loss
+from loopwise.train.objectives import build_terms, compute_loss
 from loopwise.train.optim import Ema, clip_gradients, trainable
 from loopwise.train.output import sample, write_model
 from loopwise.train.parallel import (

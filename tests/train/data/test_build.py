@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.data.corpora import NumberEncoder, law, numbered, of_bytes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -24,6 +23,7 @@ from loopwise.train.data.build import Progress, build, write
 from loopwise.train.data.documents import Piece, Reading
 from loopwise.train.data.encoding import ByteEncoder
 from loopwise.train.data.shards import Shards, token_dtype
+from tests.train.data.corpora import NumberEncoder, law, numbered, of_bytes
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 

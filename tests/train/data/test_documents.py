@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.data.corpora import law
 
 from loopwise.train.data import documents as module
 from loopwise.train.data.documents import Documents, Reading
+from tests.train.data.corpora import law
 
 
 def texts(sources: list[Any], **reading: Any) -> list[str]:

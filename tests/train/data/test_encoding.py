@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.data.corpora import law
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +21,7 @@ from loopwise.train.data.encoding import (
     encoder,
     load_tokenizer,
 )
+from tests.train.data.corpora import law
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 bytes_tokenizer = functools.cache(byte_tokenizer)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.data.corpora import law
 
 from loopwise.loop import config
 from loopwise.tasks.base import IGNORE, rows
@@ -19,6 +18,7 @@ from loopwise.train.data.generated import BLOCK, RegressionData, TaskData
 from loopwise.train.data.mix import STRETCH, MixData
 from loopwise.train.data.source import DataConfig
 from loopwise.train.data.vocabulary import vocabulary_tokenizer
+from tests.train.data.corpora import law
 
 
 def echo(size: int = 6) -> Induction:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.data.corpora import law
 
 from loopwise.train.data import permute
 from loopwise.train.data.permute import key_of, mix64, permuted
+from tests.train.data.corpora import law
 
 KEYS = st.integers(0, 2**64 - 1)
 

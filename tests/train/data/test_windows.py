@@ -12,13 +12,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.train.data.corpora import law, numbered, of_bytes
 
 from loopwise.train.batch import IGNORE, Batch
 from loopwise.train.data.shards import Shards
 from loopwise.train.data.source import check_fingerprint
 from loopwise.train.data.text import ShardsData
 from loopwise.train.data.windows import WindowSource, pack, split_spans
+from tests.train.data.corpora import law, numbered, of_bytes
 
 MODES = st.sampled_from(["joined", "packed"])
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)

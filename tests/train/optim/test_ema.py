@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from tests.train.optim.naive import Small
 from torch import nn
 
 from loopwise.train.optim import AdamWConfig, Ema, clip_gradients
+from tests.train.optim.naive import Small
 
 
 @pytest.mark.parametrize("warmup", [True, False])

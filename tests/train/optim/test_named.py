@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.train.optim.naive import Small
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MambaConfig
 
@@ -27,6 +26,7 @@ from loopwise.train.optim import (
     role_of,
     trainable,
 )
+from tests.train.optim.naive import Small
 
 CONFIGS = [
     AdamWConfig(),

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.train.optim import naive
 from torch import nn
 
 from loopwise.train.optim import AdamATan2Config, AdamWConfig, MuonConfig, NamedOptimizer, OptimizerConfig
+from tests.train.optim import naive
 
 STEPS = 20
 

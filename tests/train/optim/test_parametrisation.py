@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.models.block_families import build, noise, tables
 from torch import nn
 
 from loopwise.loop.config import from_dict, to_dict
@@ -23,6 +22,7 @@ from loopwise.train.optim import (
     trainable,
 )
 from loopwise.train.optim.parametrisation import layer_depths
+from tests.models.block_families import build, noise, tables
 
 VOCAB = 17
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tests.train.optim.naive import Small
 from torch import multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +23,7 @@ from loopwise.train.optim import (
     clip_gradients,
     trainable,
 )
+from tests.train.optim.naive import Small
 
 CONFIGS = (AdamWConfig(), AdamATan2Config(), MuonConfig(lr=3e-3), MuonConfig(lr=3e-3, scale="original", nesterov=False))
 STEPS, SPLIT, RANKS = 6, 3, 2
