@@ -289,7 +289,7 @@ def test_a_step_of_the_cosine_tie_makes_layers_more_alike():
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.05 * parameter.grad
-        assert float(similarity(layers, block)) > float(before) + 1e-3
+        assert similarity(layers, block).item() > before.item() + 1e-3
 
 
 def test_tied_layers_have_no_cosine_loss_and_a_group_is_a_name():

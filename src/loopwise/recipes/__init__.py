@@ -85,7 +85,8 @@ def _functions(names: Mapping[str, Any], module: str | None) -> dict[str, Callab
         )
         returns = value.__annotations__.get("return")
         arguments = inspect.signature(value).parameters.values()
-        needs = any(item.default is item.empty and item.kind not in (item.VAR_POSITIONAL, item.VAR_KEYWORD) for item in arguments)
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needs = any(item.default is item.empty and item.kind not in variadic for item in arguments)
         if at_home and not needs and returns in (RunConfig, "RunConfig"):
             found[name] = value
     return found

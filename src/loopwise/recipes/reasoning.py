@@ -19,11 +19,12 @@ from loopwise.train.data.generated import TaskData
 from loopwise.train.models import DecoderModel, Loop
 from loopwise.train.optim import AdamWConfig, MuonConfig, WsdSchedule
 
+HOPS = PHop(context=40, hops=tuple(range(6)), scored_from=16)
+
 
 def p_hop(layers: int = 1, iterations: int = 6, **values: Any) -> RunConfig:
-    """p-hop induction (2402.09268, 2502.17416) with 1 layer that runs 6 times: 0 to 6 hops in 64 letters."""
-    task = PHop(context=64, hops=tuple(range(7)), scored_from=24)
-    return on_task("p_hop", task, layers, iterations, **{"steps": 1000, "batch_size": 32} | values)
+    """p-hop induction (2402.09268, 2502.17416) with 1 layer that runs 6 times: 0 to 5 hops in 40 letters."""
+    return on_task("p_hop", HOPS, layers, iterations, **{"steps": 800, "batch_size": 32} | values)
 
 
 def addition(layers: int = 1, iterations: int = 6, **values: Any) -> RunConfig:
@@ -39,9 +40,7 @@ def igsm(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
 
 def tour() -> RunConfig:
     """The model of `loopwise tour`: p-hop with 1 to 8 iterations in training, so that an answer forms step by step."""
-    task = PHop(context=40, hops=tuple(range(6)), scored_from=16)
-    config = on_task("tour", task, 1, 6, steps=1100, batch_size=32, **random_depth(8))
-    return config
+    return on_task("tour", HOPS, 1, 6, steps=2200, batch_size=32, **random_depth(8))
 
 
 def random_depth(most: int = 8) -> dict[str, Any]:

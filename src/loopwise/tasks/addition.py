@@ -97,7 +97,7 @@ class Addition(Task):
         tokens = np.full((size, num, self.digits + 1), _PLUS)
         tokens[:, :, :-1] = values_BN[..., None] // places % 10 + _FIRST_DIGIT
         tokens[:, -1, -1] = _EQUALS
-        return tokens.reshape(size, -1)
+        return tokens.reshape(size, num * (self.digits + 1))
 
     def _answers(self, sums_B: np.ndarray, width: int) -> np.ndarray:
         """Digits without leading zeros, the end, then padding, int64 `[B, width + 1]`."""

@@ -95,7 +95,12 @@ def _continued(model: Any, source: Source, prompt_T: torch.Tensor) -> str:
     device = next(model.parameters()).device
     generator = {"generator": torch.Generator().manual_seed(0)} if isinstance(model, LoopwisePreTrainedModel) else {}
     tokens = model.generate(
-        prompt_T[None].to(device), max_new_tokens=_SAMPLE_TOKENS, do_sample=False, pad_token_id=0, **generator
+        prompt_T[None].to(device),
+        max_new_tokens=_SAMPLE_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        synced_gpus=False,
+        **generator,
     )[0].cpu()
     shown = [
         tokenizer.decode(part) if tokenizer else str(part.tolist()) for part in (prompt_T, tokens[len(prompt_T) :])

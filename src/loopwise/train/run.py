@@ -39,6 +39,7 @@ from loopwise.train.parallel import (
     compile_blocks,
     finish_backward,
     replicate,
+    reshard,
     shard,
     without_sync,
 )
@@ -183,8 +184,9 @@ class Run:
                 found, _ = evaluate(self.model, batches, loops, precision=self.config.precision)
                 suffix = "" if loops is None else f"@{loops}"
                 values |= {f"eval/{name}{suffix}": value for name, value in found.items()}
+            if self.folder is not None and settings.samples:
+                text = sample(self.model, self.source, settings.samples)  # every rank: sharded weights are gathered
             if self.folder is not None and settings.samples and self.world.is_first:
-                text = sample(self.model, self.source, settings.samples)
                 write_text(self._inside(SAMPLES) / f"step-{self.carry.step:08d}.txt", text)
         self._record({"step": self.carry.step, **values})
         return values
@@ -198,11 +200,11 @@ class Run:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model has its averaged weights inside, where there are any."""
-        if self.ema is None:
-            yield
-            return
-        with self.ema.swapped():
-            yield
+        with nullcontext() if self.ema is None else self.ema.swapped():
+            try:
+                yield
+            finally:
+                reshard(self.model)  # what was gathered inside are the averages
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that a checkpoint holds, by name; the tensors themselves."""
@@ -256,13 +258,13 @@ class Run:
         if config.adapters is not None:
             model = config.adapters.build(model, seed=config.seed)
         self.model: Any = model.to(self.world.device)
-        self.terms = build_terms(self.model, config.terms)
         if config.checkpoint_loops:
             checkpoint_loops(self.model)
         if config.compile:
             compile_blocks(self.model)
         if self.world.size > 1:
             (shard if config.parallel == "fsdp" else replicate)(self.model)
+        self.terms = build_terms(self.model, config.terms)
         self.parameters = trainable(self.model)
         self.optimizer = config.optimizer.build(
             self.parameters, {name: rule for name, rule in rules.items() if name in self.parameters}

@@ -49,13 +49,11 @@ class CosineTie(LossTerm):
             raise ValueError(
                 f"loss.cosine_tie: block={self.block} leaves no two layers to compare, the model has {count}; use less"
             )
-        if any(isinstance(parameter, DTensor) for parameter in layers.parameters()):
-            raise ValueError("loss.cosine_tie compares whole matrices, which parallel='fsdp' shards: use 'ddp'")
         if not weight_groups(layers, self.block):
             raise ValueError("loss.cosine_tie: no weight matrix has the same name and shape in layers to be compared")
 
         def value(seen: Seen) -> torch.Tensor:
-            # The groups are looked up every time: parameters may have been replaced (an edit, loading) since.
+            # Looked up every time: after a forward the parameters of a sharded model are gathered, and others.
             return seen.share * self.weight * (1 - similarity(layers, self.block))
 
         return value
@@ -63,11 +61,13 @@ class CosineTie(LossTerm):
 
 def similarity(layers: nn.ModuleList, block: int) -> torch.Tensor:
     """The mean over weight groups of the mean cosine of layers `block` apart, a scalar in [-1, 1]."""
-    groups = weight_groups(layers, block)
-    means = []
-    for pairs in groups.values():
-        means.append(torch.stack([cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in pairs]).mean())
+    means = [torch.stack([_cosine(*pair) for pair in pairs]).mean() for pairs in weight_groups(layers, block).values()]
     return torch.stack(means).mean()
+
+
+def _cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    assert not isinstance(first, DTensor), "a forward leaves the parameters of a sharded model gathered"
+    return cosine_similarity(first.flatten().float(), second.flatten().float(), dim=0)
 
 
 def weight_groups(layers: nn.ModuleList, block: int) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
