@@ -153,7 +153,7 @@ class Passes:
         self.hooks: list[Hook] = [GradientWindow(plan, last | asked)] if last or asked else []
         self._rows = rows
         if rows is not None:
-            self._refuse_rows(plan, collect, halting)
+            self._refuse_rows(modules, collect)
             self.hooks.append(rows)
         self._with_grad = torch.is_grad_enabled()
         if on_exit not in (None, *ON_EXIT):
@@ -209,7 +209,7 @@ class Passes:
                 self.arguments["conditioning"] = self._conditioning(module.conditioner, turn, part_btD)
             if module.signal is not None:
                 positions = self._positions(visit, part_btD, num_rows, num_tokens)
-                part_btD = part_btD + self._signal(turn, module.signal, visit, part_btD, positions)
+                part_btD = part_btD + rows.signal(self._rows, turn, module.signal, visit, part_btD, positions)
             exits = self._exits(turn, module, visit)
             if exits is not None:
                 exits.enter(visit, part_btD, num_rows, num_tokens)
@@ -234,39 +234,10 @@ class Passes:
             if module is not None and exits is not None:
                 part_btD = exits.leave(visit, part_btD, num_rows, num_tokens, last=turn.is_last, exit=module.exit)
             elif module is not None:
-                part_btD = self._leave(turn, module, visit, part_btD)
+                part_btD = rows.leave(self._rows, turn, module.exit, visit, part_btD)
             if module is not None and turn.is_last and not visit.is_partial:
                 self.arguments.clear()
         return part_btD
-
-    def _refuse_rows(self, plan: Plan, collect: str | None, halting: Component | None) -> None:
-        """Name what has no meaning where every row has a depth of its own."""
-        for name, module in self.modules.items():
-            assert isinstance(module, LoopModule)
-            reason = None
-            if is_routed(module):
-                reason = "routers"
-            elif module.conditioner is not None:
-                reason = "a conditioner, which tells all rows the same time"
-            elif module.gate is not None and (halting or module.halting or name == collect):
-                reason = "an exit gate at work"
-            if reason:
-                raise ValueError(f"loop {name!r} has {reason}: use one depth for the batch (per='batch')")
-
-    def _signal(
-        self, turn: Turn, signal: nn.Module, visit: Visit, part_btD: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """What a signal adds: each row is in an iteration of its own where rows have depths of their own."""
-        own_b = None if self._rows is None else self._rows.iterations(turn, visit)
-        if own_b is None:
-            return signal(part_btD, turn.iteration, positions)
-        own_b, added_btD = own_b.to(part_btD.device), torch.zeros_like(part_btD)
-        for iteration in own_b.unique().tolist():
-            index = (own_b == iteration).nonzero()[:, 0]
-            at = positions if len(positions) == 1 else positions[index]
-            part = signal(part_btD[index], iteration, at).expand(len(index), -1, -1)
-            added_btD = added_btD.index_put((index,), part.to(added_btD.dtype))
-        return added_btD
 
     def _enter(
         self, turn: Turn, module: LoopModule, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int
@@ -286,16 +257,6 @@ class Passes:
             self._entered[turn.path] = _put(self._entered.get(turn.path), entered_btD, begins, num_rows, num_tokens)
         started_btD = self._start(turn, module, entered_btD, begins)
         return started_btD if begins is visit else part_btD.index_put((index,), started_btD.to(part_btD.dtype))
-
-    def _leave(self, turn: Turn, module: LoopModule, visit: Visit, part_btD: torch.Tensor) -> torch.Tensor:
-        """Apply the exit to the rows of a visit that are in their last iteration."""
-        index = None if self._rows is None else self._rows.ending(turn, visit)
-        if index is None or len(index) == len(part_btD):
-            return module.exit(part_btD) if turn.is_last or index is not None else part_btD
-        if len(index) == 0:
-            return part_btD
-        index = index.to(part_btD.device)
-        return part_btD.index_put((index,), module.exit(part_btD[index]).to(part_btD.dtype))
 
     def _route(self, routing: Routing) -> None:
         if self.skips:

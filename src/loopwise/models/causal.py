@@ -15,12 +15,12 @@ from transformers import GenerationMixin
 
 from loopwise.loop import config as components
 from loopwise.loop.config import Component
+from loopwise.loop.counts import Loops, Window
 from loopwise.loop.route import ExpertRouters
 from loopwise.loop.state import RowSeeds
 from loopwise.models.decoder import LoopwiseModel, LoopwisePreTrainedModel, collected_loop
 from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.hub import CausalLMOutputWithPast
-from loopwise.models.playing import Loops, Window
 
 
 @dataclass

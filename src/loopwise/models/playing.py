@@ -22,20 +22,14 @@ from torch import nn
 
 from loopwise.cache.depth import DepthCache
 from loopwise.cache.policy import CachePolicy
-from loopwise.loop.depth import LoopCount, LoopCounts
+from loopwise.loop.counts import Loops, Window, counted, hooks_of_call
 from loopwise.loop.execute import Hook, Visit, execute
-from loopwise.loop.rows import RowDepths
-from loopwise.loop.window import GradientWindow, Last
 from loopwise.models.hub import find_cache, past_length, place_output_hooks, refuse_foreign_cache, with_view
 from loopwise.models.recompute import Recompute, play_recomputed, run_recomputed
 from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs, without_cache
 from loopwise.models.slicing import Axes, slice_call
 from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
-
-Loops: TypeAlias = int | Mapping[str, int] | LoopCount | LoopCounts | None
-Window: TypeAlias = int | Mapping[str, Last] | None
-
 
 class Passes(Protocol):
     """What an owner may add at the turns of its loops; made anew for every forward by `owner.make_passes(plan, ...)`.
@@ -357,22 +351,24 @@ class Looping:
             plan, window, rows = counted(self.plan, loops, window)
             if self.recompute is not None and torch.is_grad_enabled():
                 kwargs = without_cache(self.policy, owner, kwargs)
-            (loops, self.loops), (of_call, self.window) = (self.loops, None), (self.window, None)
+            asked, self.loops, self.window = (self.loops, self.window), None, None
             try:
                 with self.scoped(plan):
                     rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
             finally:
-                self.loops, self.window = loops, of_call
+                self.loops, self.window = asked
             collect = kwargs.get("output_hidden_states") or getattr(
                 getattr(owner, "config", None), "output_hidden_states", False
             )
             place_output_hooks(owner, kwargs)
-            options = kwargs.pop("loop_options", {})  # calls that had to come first were given them too
+            options = dict(kwargs.pop("loop_options", {}))  # calls that had to come first were given them too
             make_passes = getattr(owner, "make_passes", None)
             if make_passes is not None:
-                passes, hooks = make_passes(plan, **options, **_given(window=window, rows=rows)), []
+                of_call = {"window": window, "rows": rows}
+                options |= {name: value for name, value in of_call.items() if value is not None}
+                passes, hooks = make_passes(plan, **options), []
             else:
-                passes, hooks = None, _hooks_of_call(plan, window, rows)
+                passes, hooks = None, hooks_of_call(plan, window, rows)
             self.frame = Frame(self, plan, owner, rerun=rerun, passes=passes, hooks=hooks, collect_states=bool(collect))
         except BaseException:
             self._lock.release()
@@ -415,30 +411,6 @@ class Looping:
             depth = cache.depth = DepthCache(cache, self.policy, self.indices)
             cache.slots = depth.slots
         return depth
-
-
-def counted(plan: Plan, loops: Loops, window: Window) -> tuple[Plan, Window, RowDepths | None]:
-    """The plan of a call, its gradient window, and the depths of its rows where they have their own.
-
-    Raises:
-        ValueError: a loop that the plan lacks, or a window beside counts that say how many iterations carry a gradient.
-    """
-    if not isinstance(loops, (LoopCount, LoopCounts)):
-        return (plan if loops is None else plan.with_loops(loops)), window, None
-    if window is not None:
-        raise ValueError(f"window={window!r}: {type(loops).__name__} says itself what carries a gradient, leave it out")
-    count = loops if isinstance(loops, LoopCount) else loops.batch
-    plan = plan.with_loops(count.total)
-    return plan, count.grad, RowDepths(plan, loops) if isinstance(loops, LoopCounts) else None
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _hooks_of_call(plan: Plan, window: Window, rows: RowDepths | None) -> list[Hook]:
-    hooks: list[Hook] = [] if window is None else [GradientWindow(plan, window)]
-    return hooks if rows is None else [*hooks, rows]
 
 
 def _settle(output: Any, frame: Frame) -> Any:

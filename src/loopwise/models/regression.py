@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from loopwise.loop.counts import Loops, counted
 from loopwise.loop.depth import LoopCount, LoopCounts
 from loopwise.loop.state import RowSeeds
 from loopwise.models.decoder import LoopwiseModel, LoopwisePreTrainedModel
 from loopwise.models.decoder_config import LoopwiseDecoderConfig
-from loopwise.models.playing import Loops, counted
 
 
 class LoopwiseRegressionConfig(LoopwiseDecoderConfig):

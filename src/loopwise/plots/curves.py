@@ -48,6 +48,7 @@ class Panel:
         log_x, log_y: logarithmic axes.
         title: above it.
         level: a horizontal line such as chance, and what it is called; None draws none.
+        marks: (x, y, text) of points that stand out, such as crossings; each is a ring with its short text above.
     """
 
     curves: Sequence[Curve]
@@ -57,6 +58,7 @@ class Panel:
     log_y: bool = False
     title: str = ""
     level: tuple[float, str] | None = None
+    marks: Sequence[tuple[float, float, str]] = ()
 
 
 def draw_panels(panels: Sequence[Panel], path: str | Path, *, title: str = "") -> Path:
@@ -155,6 +157,9 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
             panel.level[1], (1.0, panel.level[0]), xycoords=("axes fraction", "data"), xytext=(-3, 3),
             textcoords="offset points", ha="right", fontsize=8, color="#666666",
         )  # fmt: skip
+    for x, y, text in panel.marks:
+        axes.plot([x], [y], "o", color="#000000", markerfacecolor="none", markersize=9, markeredgewidth=1.2, zorder=5)
+        axes.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, zorder=5)
     axes.set_xscale("log" if panel.log_x else "linear")
     axes.set_yscale("log" if panel.log_y else "linear")
     axes.set_xlabel(panel.x_label)

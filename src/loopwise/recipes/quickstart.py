@@ -6,42 +6,30 @@ k hops further is to be said. One layer can look up one hop. `make quickstart` t
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from loopwise.recipes.reasoning import cycle_walk
 from loopwise.tasks.cycle_walk import CycleWalk
-from loopwise.train.config import Evaluation, RunConfig, Saving
-from loopwise.train.data.generated import TaskData
-from loopwise.train.models import DecoderModel
-from loopwise.train.optim import AdamWConfig, MuonConfig, WsdSchedule
+from loopwise.train.config import RunConfig
 
 HOPS = 4
 
 
 def shallow() -> RunConfig:
     """Walks around a cycle with 1 layer."""
-    return _walk("shallow", layers=1)
+    return _walk("shallow", 1, 1)
 
 
 def looped() -> RunConfig:
     """Walks around a cycle with 1 layer that runs 4 times."""
-    return _walk("looped", layers=1, plan=f"core:(0)x{HOPS}")
+    return _walk("looped", 1, HOPS)
 
 
 def deep() -> RunConfig:
     """Walks around a cycle with 4 layers."""
-    return _walk("deep", layers=HOPS)
+    return _walk("deep", HOPS, 1)
 
 
-def _walk(name: str, **sizes) -> RunConfig:
-    return RunConfig(
-        name=name,
-        model=DecoderModel(
-            width=64, heads=4, activation="gelu", positions="learned", max_length=32, tie_embeddings=True, **sizes
-        ),
-        data=TaskData(task=CycleWalk(nodes=8, hops=tuple(range(1, HOPS + 1)))),
-        steps=1200,
-        batch_size=64,
-        optimizer=MuonConfig(lr=1e-2, weight_decay=0.01, adamw=AdamWConfig(lr=2e-3, beta2=0.98, weight_decay=0.01)),
-        schedule=WsdSchedule(warmup=0.04, decay=0.25, floor=0.0),
-        evaluation=Evaluation(every=200, rows=512),
-        saving=Saving(every=400),
-        log_every=50,
-    )
+def _walk(name: str, layers: int, iterations: int) -> RunConfig:
+    config = cycle_walk(layers, iterations, task=CycleWalk(nodes=8, hops=tuple(range(1, HOPS + 1))))
+    return replace(config, name=name)

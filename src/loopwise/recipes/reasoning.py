@@ -12,6 +12,7 @@ from loopwise.loop.state import ZerosState
 from loopwise.loop.update import AddConfig
 from loopwise.tasks.addition import Addition
 from loopwise.tasks.base import Task
+from loopwise.tasks.cycle_walk import CycleWalk
 from loopwise.tasks.igsm import Igsm
 from loopwise.tasks.p_hop import PHop
 from loopwise.train.config import Evaluation, RunConfig, Saving
@@ -25,6 +26,12 @@ HOPS = PHop(context=40, hops=tuple(range(6)), scored_from=16)
 def p_hop(layers: int = 1, iterations: int = 6, **values: Any) -> RunConfig:
     """p-hop induction (2402.09268, 2502.17416) with 1 layer that runs 6 times: 0 to 5 hops in 40 letters."""
     return on_task("p_hop", HOPS, layers, iterations, **{"steps": 800, "batch_size": 32} | values)
+
+
+def cycle_walk(layers: int = 1, iterations: int = 4, task: Task | None = None, **values: Any) -> RunConfig:
+    """Walks of 1 to 4 steps around a cycle of 8 symbols with 1 layer that runs 4 times."""
+    settings = {"steps": 1200, "batch_size": 64, "positions": "learned"} | values
+    return on_task("cycle_walk", task or CycleWalk(), layers, iterations, **settings)
 
 
 def addition(layers: int = 1, iterations: int = 6, **values: Any) -> RunConfig:
@@ -64,6 +71,7 @@ def on_task(
     width: int = 64,
     placement: str = "pre",
     loop: Loop | None = None,
+    positions: str = "rope",
     **values: Any,
 ) -> RunConfig:
     """A run of `layers` layers that are visited `iterations` times, on a task.
@@ -78,6 +86,7 @@ def on_task(
         lr: of Muon; AdamW, for embeddings and vectors, has a fifth of it.
         width: D, of heads of 16 channels.
         placement: where norms stand.
+        positions: "rope" or "learned".
         loop: components of the loop.
         **values: further fields of `RunConfig`.
     """
@@ -88,6 +97,7 @@ def on_task(
         heads=width // 16,
         activation="gelu",
         placement=placement,  # type: ignore[arg-type]
+        positions=positions,  # type: ignore[arg-type]
         plan=f"core:{section}x{iterations}",
         loop=loop,
         max_length=task.length,

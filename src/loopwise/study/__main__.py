@@ -71,9 +71,8 @@ class Study:
             print(f"{item.name:<{width}}  {each}, {runs}: {item.core_minutes:.1f} core-minutes")
         budget = experiment.claim.budget_core_minutes
         over = "" if total <= budget else ": OVER the budget, make it smaller or declare more before it is run"
-        print(
-            f"all: {total:.1f} core-minutes of {budget:g} declared, {total / self.jobs:.1f} minutes on {self.jobs}{over}"
-        )
+        wall = f"{total / self.jobs:.1f} minutes with {self.jobs} jobs"
+        print(f"all: {total:.1f} core-minutes of {budget:g} declared, {wall}{over}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

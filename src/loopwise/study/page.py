@@ -107,9 +107,7 @@ def _arm(arm: Mapping[str, Any]) -> tuple[str, ...]:
         str(arm.get("steps", "")),
         f"{arm['lr']:g}" if "lr" in arm else "",
         ", ".join("diverged" if score is None else _number(score) for score in arm["scores"]),
-        ""
-        if interval is None
-        else f"{_number(interval.estimate)} ({_number(interval.low)} to {_number(interval.high)})",
+        "" if interval is None else _number(interval.estimate) + limits,
     )
 
 

@@ -3,7 +3,7 @@
 `scores.json` of a run folder holds them. Items are what paired tests need: held-out rows do not depend on the seed of a
 run, so that item i of two runs on the same data is the same row.
 
-Shapes: B rows, N points.
+Shapes: B rows, N points, S seeds, I items.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from loopwise.io.atomic import write_text
@@ -78,7 +79,8 @@ class RunResult:
         Args:
             metric: "accuracy" (exact), "token_accuracy" or "loss".
             loops: loop count; None is the plan's own.
-            by: (key, value) of the group of rows whose exact accuracy is wanted, such as ("hops", 4).
+            by: (key, value) of the group of rows whose accuracy is wanted, such as ("hops", 4); of tokens where the
+                metric is "token_accuracy", else exact.
 
         Raises:
             ValueError: the run was not scored at that loop count, on that group or with that metric.
@@ -86,7 +88,8 @@ class RunResult:
         if self.has_diverged:
             return math.nan
         found = self._at(loops)
-        where: dict[str, Any] = found if by is None else found["by"].get(by[0], {})
+        groups = "token_by" if metric == "token_accuracy" else "by"
+        where: dict[str, Any] = found if by is None else found.get(groups, {}).get(by[0], {})
         name = metric if by is None else str(by[1])
         if name not in where:
             raise ValueError(f"{self.name}: no score {name!r} on {by or 'all rows'}; there are {', '.join(where)}")
@@ -116,6 +119,23 @@ class RunResult:
                 f"{self.name}: not scored at {label} iterations, only at {', '.join(self.scores['loops'])}"
             )
         return self.scores["loops"][label]
+
+
+def scores_of(
+    results: Sequence[RunResult],
+    metric: str = "accuracy",
+    *,
+    loops: int | None = None,
+    by: tuple[str, int] | None = None,
+    diverged: float = math.nan,
+) -> list[float]:
+    """One score per run, see `RunResult.score`; `diverged` stands for runs that diverged, such as what chance gives."""
+    return [diverged if item.has_diverged else item.score(metric, loops=loops, by=by) for item in results]
+
+
+def items_of(results: Sequence[RunResult], *, loops: int | None = None) -> np.ndarray:
+    """Score of every test row of every run, `[S, I]`; ValueError where one has diverged."""
+    return np.array([item.items(loops) for item in results])
 
 
 def read_scores(folder: Path, rows: int, loops: Sequence[int]) -> dict[str, Any] | None:
@@ -183,11 +203,22 @@ def _score_at(run: Run, rows: int, loops: int | None) -> dict[str, Any]:
         return visits | _score_points(run, rows, loops)
     values, score = evaluate(run.model, _numbered(run, rows), loops, precision=run.config.precision)
     assert score is not None
-    by = {name: {str(value): share for value, share in groups.items()} for name, groups in score.by.items()}
+    by, token_by = (
+        {name: {str(value): share for value, share in groups.items()} for name, groups in found.items()}
+        for found in (score.by, score.token_by)
+    )
     items = by.pop(_ROW)
+    token_by.pop(_ROW)
     num_by = {name: {str(value): num for value, num in score.num_by[name].items()} for name in by}
     return (
-        visits | values | {"by": by, "num_by": num_by, "items": "".join(str(int(items[str(i)])) for i in range(rows))}
+        visits
+        | values
+        | {
+            "by": by,
+            "token_by": token_by,
+            "num_by": num_by,
+            "items": "".join(str(int(items[str(i)])) for i in range(rows)),
+        }
     )
 
 

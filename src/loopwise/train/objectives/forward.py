@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from loopwise.loop.depth import LoopCount, LoopCounts
@@ -63,6 +64,11 @@ def forward_at(
     if count is not None:
         options["loops"] = count
     if isinstance(count, LoopCounts):
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise ValueError(
+                "depths per sequence differ from rank to rank, and the gradients of a sharded model are summed per "
+                "iteration: use parallel='ddp', or per='batch'"
+            )
         learn_rows(unwrapped(model))
     if is_regression or isinstance(inner, LoopwiseForCausalLM):
         rows = tuple(range(first_row, first_row + batch.num_rows))
