@@ -87,7 +87,7 @@ def execute(state_BTD: torch.Tensor, visits: Iterable[Visit], run: Run, hooks: S
             continue
         before_BTD = state_BTD
         for part in (visit,) if visit.parts is None else visit.parts:
-            # Taken and put back with the gradient: what is left out keeps it, and so does what a loop keeps to re-enter.
+            # Taken and put back with the gradient: what is left out keeps it, and so does what is to re-enter a loop.
             part_btD = gather(state_BTD, part) if part.is_partial else state_BTD
             with torch.set_grad_enabled(torch.is_grad_enabled() and visit.with_grad):
                 part_btD = run(part, part_btD)

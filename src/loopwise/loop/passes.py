@@ -25,7 +25,7 @@ from loopwise.loop.config import Component
 from loopwise.loop.execute import Hook, Visit, gather, scatter
 from loopwise.loop.exits import ON_EXIT, Exits, running_parts
 from loopwise.loop.routing import Routing, is_routed
-from loopwise.loop.rows import RowDepths
+from loopwise.loop.rows import RowDepths, refuse_rows
 from loopwise.loop.state import InputState, RowSeeds, StateInit, make
 from loopwise.loop.update import Update
 from loopwise.loop.window import GradientWindow, Last, by_name
@@ -153,7 +153,7 @@ class Passes:
         self.hooks: list[Hook] = [GradientWindow(plan, last | asked)] if last or asked else []
         self._rows = rows
         if rows is not None:
-            self._refuse_rows(modules, collect)
+            refuse_rows(modules, collect, halting)
             self.hooks.append(rows)
         self._with_grad = torch.is_grad_enabled()
         if on_exit not in (None, *ON_EXIT):
@@ -209,7 +209,10 @@ class Passes:
                 self.arguments["conditioning"] = self._conditioning(module.conditioner, turn, part_btD)
             if module.signal is not None:
                 positions = self._positions(visit, part_btD, num_rows, num_tokens)
-                part_btD = part_btD + rows.signal(self._rows, turn, module.signal, visit, part_btD, positions)
+                if self._rows is None:
+                    part_btD = part_btD + module.signal(part_btD, turn.iteration, positions)
+                else:
+                    part_btD = part_btD + self._rows.signal(turn, module.signal, visit, part_btD, positions)
             exits = self._exits(turn, module, visit)
             if exits is not None:
                 exits.enter(visit, part_btD, num_rows, num_tokens)
@@ -233,8 +236,10 @@ class Passes:
             exits = None if module is None else self._exits(turn, module, visit)
             if module is not None and exits is not None:
                 part_btD = exits.leave(visit, part_btD, num_rows, num_tokens, last=turn.is_last, exit=module.exit)
-            elif module is not None:
-                part_btD = rows.leave(self._rows, turn, module.exit, visit, part_btD)
+            elif module is not None and self._rows is not None:
+                part_btD = self._rows.leave(turn, module.exit, visit, part_btD)
+            elif module is not None and turn.is_last:
+                part_btD = module.exit(part_btD)
             if module is not None and turn.is_last and not visit.is_partial:
                 self.arguments.clear()
         return part_btD

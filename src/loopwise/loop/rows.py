@@ -8,13 +8,17 @@ Shapes: B batch rows, T tokens, D width, b rows of a visit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
 from loopwise.loop.boundary import Turn
 from loopwise.loop.depth import LoopCounts
 from loopwise.loop.execute import Visit
+from loopwise.loop.routing import is_routed
 from loopwise.loop.window import main_loop
 from loopwise.plan.plans import Plan
 
@@ -80,6 +84,31 @@ class RowDepths:
             return None
         return (own_b + 1 == self._of_visit(self._counts.total_B, turn.iteration, visit)).nonzero()[:, 0]
 
+    def signal(
+        self, turn: Turn, signal: nn.Module, visit: Visit, part_btD: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """What a signal adds to a part of the state, `[b, t, D]`: each row is in an iteration of its own."""
+        own_b = self.iterations(turn, visit)
+        if own_b is None:
+            return signal(part_btD, turn.iteration, positions)
+        added_btD = torch.zeros_like(part_btD)
+        for iteration in own_b.unique().tolist():
+            index = (own_b == iteration).nonzero()[:, 0].to(part_btD.device)
+            at = positions if len(positions) == 1 else positions[index]
+            one_btD = signal(part_btD[index], iteration, at).expand(len(index), -1, -1)
+            added_btD = added_btD.index_put((index,), one_btD.to(added_btD.dtype))
+        return added_btD
+
+    def leave(self, turn: Turn, exit: nn.Module, visit: Visit, part_btD: torch.Tensor) -> torch.Tensor:
+        """A part of the state, `[b, t, D]`, after the exit of the rows that are in their last iteration."""
+        index = self.ending(turn, visit)
+        if index is None:
+            return exit(part_btD) if turn.is_last else part_btD
+        if len(index) in (0, len(part_btD)):
+            return exit(part_btD) if len(index) else part_btD
+        index = index.to(part_btD.device)
+        return part_btD.index_put((index,), exit(part_btD[index]).to(part_btD.dtype))
+
     def _of_visit(self, values_B: torch.Tensor, iteration: int, visit: Visit) -> torch.Tensor:
         """Those of some values, `[B]` on the CPU, that belong to the rows of a visit."""
         if visit.rows is None:
@@ -93,6 +122,29 @@ class RowDepths:
             index = active_B.nonzero()[:, 0]
             self._rows[iteration] = index, None if bool(active_B.all()) else index.to(device)
         return self._rows[iteration]
+
+
+def refuse_rows(modules: Mapping[str, Any], collect: str | None, halting: Any) -> None:
+    """Name what has no meaning where every row has a depth of its own.
+
+    Args:
+        modules: the components of loops (`LoopModule`) by loop name.
+        collect: name of the loop whose iterations are read.
+        halting: a rule for all loops with a gate.
+
+    Raises:
+        ValueError: there is such a thing.
+    """
+    for name, module in modules.items():
+        reason = None
+        if is_routed(module):
+            reason = "routers"
+        elif module.conditioner is not None:
+            reason = "a conditioner, which tells all rows the same time"
+        elif module.gate is not None and (halting or module.halting or name == collect):
+            reason = "an exit gate at work"
+        if reason:
+            raise ValueError(f"loop {name!r} has {reason}: use one depth for the batch (per='batch')")
 
 
 def _is_loop(plan: Plan, position: tuple[int, ...]) -> bool:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs, without_ca
 from loopwise.models.slicing import Axes, slice_call
 from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
+
 
 class Passes(Protocol):
     """What an owner may add at the turns of its loops; made anew for every forward by `owner.make_passes(plan, ...)`.
