@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from loopwise.study.pool import Job, config_hash
+from loopwise.study.worker import perform
 from loopwise.tasks.p_hop import PHop
 from loopwise.train.config import Evaluation, RunConfig, Saving
 from loopwise.train.data.generated import TaskData
@@ -26,3 +30,9 @@ def small(**values: Any) -> RunConfig:
         log_every=2,
     )
     return replace(config, **values)
+
+
+def do_here(jobs: Iterable[Job], folder: Path) -> None:
+    """Do the runs in this process, so that a study finds them finished and starts no others."""
+    for job in jobs:
+        perform(job.config, folder / config_hash(job.config), rows=job.rows, loops=job.scored_loops)

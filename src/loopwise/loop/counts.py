@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeAlias
 
-from loopwise.loop.depth import LoopCount, LoopCounts
+from loopwise.loop.count import LoopCount, LoopCounts
 from loopwise.loop.execute import Hook
 from loopwise.loop.rows import RowDepths
 from loopwise.loop.window import GradientWindow, Last

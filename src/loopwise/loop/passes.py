@@ -146,7 +146,7 @@ class Passes:
         self._schedule = schedule
         self._turns = turns_of(plan) if modules or collect else {}
         self._initial_state, self._source, self._collect = initial_state, generator, collect
-        self._generator = generator.common() if isinstance(generator, RowSeeds) else generator
+        self._common: torch.Generator | None = None
         last = {name: module.grad for name, module in modules.items() if isinstance(module, LoopModule)}
         last = {name: count for name, count in last.items() if count is not None}
         asked = {} if window is None else by_name(plan, window)
@@ -184,13 +184,18 @@ class Passes:
         for name in ("streams", "arguments", "exits", "_entered", "_carried"):
             setattr(twin, name, dict(getattr(self, name)))
         twin.states = list(self.states)
+        twin._common = self.generator  # both go on with the same one
         twin._runs = {path: (run, exits.fork()) for path, (run, exits) in self._runs.items()}
         return twin
 
     @property
     def generator(self) -> torch.Generator | None:
         """Source of random first states and random exits."""
-        return self._generator
+        if not isinstance(self._source, RowSeeds):
+            return self._source
+        if self._common is None:  # most forwards draw nothing from it
+            self._common = self._source.common()
+        return self._common
 
     def begin(self, visit: Visit, part_btD: torch.Tensor, num_rows: int, num_tokens: int) -> torch.Tensor:
         """What the layer of a visit reads, from the state that reaches it (both the visit's part `[b, t, D]`)."""
@@ -350,7 +355,7 @@ class Passes:
         run = visit.slot.iterations[: len(turn.path) - 1]  # iterations of the loops around this one
         if turn.path not in self._runs or self._runs[turn.path][0] != run:
             skips = self.may_skip and self._skips(module)
-            exits = Exits(module.gate, rule, skips=skips, generator=self._generator)
+            exits = Exits(module.gate, rule, skips=skips, generator=self.generator)
             self._runs[turn.path] = run, exits
             self.exits[turn.loop.name or ""] = exits
         return self._runs[turn.path][1]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from loopwise.loop.boundary import Turn
-from loopwise.loop.depth import LoopCounts
+from loopwise.loop.count import LoopCounts
 from loopwise.loop.execute import Visit
 from loopwise.loop.routing import is_routed
 from loopwise.loop.window import main_loop

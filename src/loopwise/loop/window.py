@@ -65,7 +65,7 @@ def main_loop(plan: Plan) -> tuple[tuple[int, ...], Loop]:
     Raises:
         ValueError: the plan has no loop, or several and none is named core.
     """
-    found = list(_loops(plan.nodes))
+    found = list(_loops_within(plan.nodes))
     chosen = found if len(found) == 1 else [item for item in found if item[1].name == "core"]
     if not chosen:
         many = "has no loop" if not found else f"has {len(found)} loops and none is named core"
@@ -80,11 +80,11 @@ def by_name(plan: Plan, last: int | Mapping[str, Last]) -> dict[str, Last]:
     return {main_loop(plan)[1].name or "": last}
 
 
-def _loops(nodes: tuple[Node, ...], path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Loop]]:
+def _loops_within(nodes: tuple[Node, ...], path: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Loop]]:
     for index, node in enumerate(nodes):
         if isinstance(node, Loop):
             yield (*path, index), node
-            yield from _loops(node.body, (*path, index))
+            yield from _loops_within(node.body, (*path, index))
 
 
 def check_last(name: str, last: Any) -> int | tuple[int, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from loopwise.cache.policy import CachePolicy
-from loopwise.loop.depth import LoopCounts
+from loopwise.loop.count import LoopCounts
 from loopwise.loop.execute import Hook
 from loopwise.models.hub import (
     LayerList,

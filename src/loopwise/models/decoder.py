@@ -223,9 +223,11 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         if inputs_embeds is None and self.embed_tokens is None:
             raise ValueError("this model has no vocabulary (vocab_size is 0): pass inputs_embeds")
         hidden_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds  # type: ignore[misc]
-        hidden_BTD = hidden_BTD * self.config.embedding_scale
+        if self.config.embedding_scale != 1:
+            hidden_BTD = hidden_BTD * self.config.embedding_scale
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self)
+        given_ids = position_ids  # those that count up from 0 do not start again inside a row
         if position_ids is None:
             past: int = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device) + past)[None]
@@ -243,7 +245,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
                 first = hidden_BTD if start == "input" else self.streams[name].expand_as(hidden_BTD)
                 self.passes.streams.setdefault(name, first)
         prefix = self._prefix(token_type_ids, past_key_values)
-        arguments = self._arguments(hidden_BTD, attention_mask, position_ids, past_key_values, prefix)
+        arguments = self._arguments(hidden_BTD, attention_mask, position_ids, past_key_values, prefix, given_ids)
         for layer, values_BTE in self.value_embeddings.look_up(input_ids).items():
             arguments[layer]["value_embeddings"] = values_BTE
         state_BTD = hidden_BTD
@@ -282,8 +284,9 @@ class LoopwiseModel(LoopwisePreTrainedModel):
 
     def _prefix(self, types_BT: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
         """Which tokens are of the prefix, bool `[B, T]`; None where no layer asks."""
-        kinds = {getattr(layer.block_config.mixer, "mask", None) for layer in cast(Any, self.layers)}
-        if types_BT is None or "prefix" not in kinds:
+        if types_BT is None:
+            return None
+        if all(getattr(layer.block_config.mixer, "mask", None) != "prefix" for layer in cast(Any, self.layers)):
             return None
         prefix_BT, policy = types_BT == 1, self.loopwise.policy
         if cache is None or not bool(prefix_BT.any()):
@@ -307,8 +310,12 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         position_ids_BT: torch.Tensor,
         cache: Any,
         prefix_BT: torch.Tensor | None = None,
+        given_ids_BT: torch.Tensor | None = None,
     ) -> list[dict[str, Any]]:
-        """Mask and rotary tables of every layer; layers of the same kind share theirs."""
+        """Mask and rotary tables of every layer; layers of the same kind share theirs.
+
+        Rows are searched for several texts in `given_ids_BT`, the positions that the caller gave: None spares the look.
+        """
         masks: dict[Any, Any] = {}
         tables: dict[Any, Any] = {None: None}
         arguments: list[dict[str, Any]] = []
@@ -320,7 +327,7 @@ class LoopwiseModel(LoopwisePreTrainedModel):
             kind = mixer.mask, mixer.sliding_window
             if kind not in masks:
                 prefix = prefix_BT if mixer.mask == "prefix" else None
-                masks[kind] = mask_for(mixer, self.config, hidden_BTD, mask_BT, cache, position_ids_BT, prefix)
+                masks[kind] = mask_for(mixer, self.config, hidden_BTD, mask_BT, cache, given_ids_BT, prefix)
             if mixer.rope is not None and mixer.rope not in tables:
                 tables[mixer.rope] = rotary_tables(position_ids_BT, mixer.rope)
             arguments.append({"attention_mask": masks[kind], "position_embeddings": tables[mixer.rope]})

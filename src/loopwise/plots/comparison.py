@@ -8,7 +8,7 @@ from typing import Any
 
 from loopwise.plots.curves import Curve, Panel, draw_panels
 
-_LABELS = {"loss": "loss on held-out rows (nats, or squared error)", "accuracy": "exact accuracy on held-out rows"}
+_LABELS = {"loss": "held-out loss", "accuracy": "held-out exact accuracy"}
 
 
 def comparison_picture(comparison: Mapping[str, Any], path: str | Path) -> Path:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loopwise.io.amounts import amount
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -48,7 +50,7 @@ class Panel:
         log_x, log_y: logarithmic axes.
         title: above it.
         level: a horizontal line such as chance, and what it is called; None draws none.
-        marks: (x, y, text) of points that stand out, such as crossings; each is a ring with its short text above.
+        marks: (x, y, text) of points that stand out, such as crossings; each is a ring around its short text.
     """
 
     curves: Sequence[Curve]
@@ -158,12 +160,27 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
             textcoords="offset points", ha="right", fontsize=8, color="#666666",
         )  # fmt: skip
     for x, y, text in panel.marks:
-        axes.plot([x], [y], "o", color="#000000", markerfacecolor="none", markersize=9, markeredgewidth=1.2, zorder=5)
-        axes.annotate(text, (x, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8, zorder=5)
+        axes.plot(
+            [x], [y], "o", color="#000000", markerfacecolor="#FFFFFF", markersize=11, markeredgewidth=1.0, zorder=5
+        )
+        axes.annotate(text, (x, y), ha="center", va="center_baseline", fontsize=8, zorder=6)
     axes.set_xscale("log" if panel.log_x else "linear")
     axes.set_yscale("log" if panel.log_y else "linear")
+    if panel.log_x and panel.curves:
+        _label_log(axes, [x for curve in panel.curves for x in curve.x if x > 0])
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.set_title(panel.title, fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _label_log(axes: Axes, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic x axis with a prefix; between powers of ten too where there are few of them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    decades = math.log10(max(values) / min(values)) if values else 0.0
+    between = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
+    axes.xaxis.set_major_locator(LogLocator(subs=between, numticks=12))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value).replace(".00", "")))
+    axes.xaxis.set_minor_formatter(NullFormatter())

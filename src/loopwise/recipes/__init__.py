@@ -46,6 +46,8 @@ def find(target: str) -> RunConfig:
     if target not in known:
         nearest = difflib.get_close_matches(target, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+        if Path(target).is_dir():
+            raise ValueError(f"{target} is a folder without config.json, no run folder: name a recipe or a run")
         raise ValueError(f"{target!r} is neither a recipe nor a run folder; {hint}")
     return known[target]()
 
@@ -62,6 +64,8 @@ def _from_file(file: Path, function: str) -> RunConfig:
         if function not in known:
             raise ValueError(f"{file} has no function {function!r} that returns a RunConfig; it has {_listed(known)}")
         return _made(known[function], file)
+    if not known:
+        raise ValueError(f"{file} has no recipe: define a function `def name() -> RunConfig` in it")
     if len(known) != 1:
         raise ValueError(f"{file} has {len(known)} recipes ({_listed(known)}): name one as {file}:FUNCTION")
     return _made(next(iter(known.values())), file)

@@ -72,7 +72,7 @@ def finetune() -> RunConfig:
     """Low-rank adapters on a checkpoint: model.source=FOLDER data.source=TEXTS data.tokenizer=FOLDER, model.plan=..."""
     return RunConfig(
         name="finetune",
-        model=CheckpointModel(source="a folder, a GGUF file or a name"),
+        model=CheckpointModel(source=""),
         data=TextData(length=_LENGTH),
         adapters=LoraConfig(),
         steps=200,

@@ -28,16 +28,18 @@ def p_hop(layers: int = 1, iterations: int = 6, **values: Any) -> RunConfig:
     return on_task("p_hop", HOPS, layers, iterations, **{"steps": 800, "batch_size": 32} | values)
 
 
-def cycle_walk(layers: int = 1, iterations: int = 4, task: Task | None = None, **values: Any) -> RunConfig:
+def cycle_walk(
+    layers: int = 1, iterations: int = 4, task: Task | None = None, name: str = "cycle_walk", **values: Any
+) -> RunConfig:
     """Walks of 1 to 4 steps around a cycle of 8 symbols with 1 layer that runs 4 times."""
     settings = {"steps": 1200, "batch_size": 64, "positions": "learned"} | values
-    return on_task("cycle_walk", task or CycleWalk(), layers, iterations, **settings)
+    return on_task(name, task or CycleWalk(), layers, iterations, **settings)
 
 
-def addition(layers: int = 1, iterations: int = 6, **values: Any) -> RunConfig:
-    """n-ary addition (2502.17416) with 1 layer that runs 6 times."""
-    task = Addition(operands=(2, 3, 4), digits=2, reverse=True)
-    return on_task("addition", task, layers, iterations, **{"steps": 3000, "batch_size": 64} | values)
+def addition(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
+    """n-ary addition (2502.17416) with 1 layer that runs 4 times: 2 or 3 numbers of 2 digits, last digit first."""
+    task = Addition(operands=(2, 3), digits=2, reverse=True)
+    return on_task("addition", task, layers, iterations, **{"steps": 2000, "batch_size": 64} | values)
 
 
 def igsm(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
@@ -46,8 +48,9 @@ def igsm(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
 
 
 def tour() -> RunConfig:
-    """The model of `loopwise tour`: p-hop with 1 to 8 iterations in training, so that an answer forms step by step."""
-    return on_task("tour", HOPS, 1, 6, steps=2200, batch_size=32, **random_depth(8))
+    """The model of `loopwise tour`: the walk with 1 to 8 iterations in training, so that an answer forms step by step."""
+    settings = {"steps": 1400, "evaluation": Evaluation(every=200, rows=256, loops=(1, 2, 3, 4, 8))}
+    return cycle_walk(1, 6, name="tour", **settings, **random_depth(8))
 
 
 def random_depth(most: int = 8) -> dict[str, Any]:

@@ -138,10 +138,9 @@ def mean_curve(results: Sequence[RunResult], metric: str) -> dict[str, list[floa
 def markdown(found: Mapping[str, Any]) -> str:
     """The table, and the crossings, as Markdown."""
     head, rows = cells(found)
-    lines = [
-        f"Equal {found['equal']}. Scores are on test rows: mean over seeds {_seeds(found)} and its 95 % t interval."
-    ]
-    lines += ["", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    seeds = ", ".join(map(str, found["seeds"]))
+    lines = [f"Equal {found['equal']}. Scores on test rows: mean over seeds {seeds} and its 95 % t interval.", ""]
+    lines += [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
     if found["crossings"]:
         lines += ["", *(f"{number}. {line}" for number, line in enumerate(crossing_lines(found), start=1))]

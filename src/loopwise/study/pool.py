@@ -120,7 +120,8 @@ def _joined(one: Job, other: Job) -> Job:
 def _result(job: Job, path: Path, distinct: dict[Path, Job]) -> RunResult:
     scored = distinct[path]
     scores = read_scores(path, scored.rows, scored.scored_loops)
-    assert scores is not None
+    if scores is None:
+        raise ValueError(f"{path} was scored anew by another study meanwhile: start this one again")
     return RunResult(name=job.name, config=job.config, folder=path, scores=scores)
 
 

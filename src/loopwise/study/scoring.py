@@ -77,10 +77,10 @@ class RunResult:
         """A score on test rows; not a number where the run has diverged.
 
         Args:
-            metric: "accuracy" (exact), "token_accuracy" or "loss".
+            metric: "accuracy" (exact), "token_accuracy" or "loss"; groups have one of the first two, points the loss.
             loops: loop count; None is the plan's own.
-            by: (key, value) of the group of rows whose accuracy is wanted, such as ("hops", 4); of tokens where the
-                metric is "token_accuracy", else exact.
+            by: (key, value) of the group of rows that is scored, such as ("hops", 4), or ("point", 1) for the first
+                point of every prompt; None scores all rows.
 
         Raises:
             ValueError: the run was not scored at that loop count, on that group or with that metric.
@@ -88,19 +88,29 @@ class RunResult:
         if self.has_diverged:
             return math.nan
         found = self._at(loops)
-        groups = "token_by" if metric == "token_accuracy" else "by"
-        where: dict[str, Any] = found if by is None else found.get(groups, {}).get(by[0], {})
-        name = metric if by is None else str(by[1])
-        if name not in where:
-            raise ValueError(f"{self.name}: no score {name!r} on {by or 'all rows'}; there are {', '.join(where)}")
+        if by is None:
+            where, name = found, metric
+        else:
+            groups = {"accuracy": "by", "token_accuracy": "token_by", "loss": "by" if by[0] == "point" else ""}
+            where, name = found.get(groups.get(metric, ""), {}).get(by[0], {}), str(by[1])
+        if not isinstance(where.get(name), int | float):
+            known = ", ".join(key for key, value in where.items() if isinstance(value, int | float)) or "none"
+            raise ValueError(f"{self.name}: no {metric!r} of {by or 'all rows'}; there is {known}")
         return float(where[name])
 
-    def items(self, loops: int | None = None) -> list[float]:
-        """For every test row 1 (all right) or 0; for prompts of points the mean squared error of each."""
+    def items(self, metric: str = "accuracy", *, loops: int | None = None) -> list[float]:
+        """For every test row 1 (all right) or 0, or its "token_accuracy"; for prompts of points their "loss".
+
+        Raises:
+            ValueError: the run has diverged, or its items have no such score.
+        """
         if self.has_diverged:
             raise ValueError(f"{self.name}, seed {self.seed} has diverged: it has no items")
-        found = self._at(loops)["items"]
-        return [float(item) for item in found]
+        found = self._at(loops)
+        name = "token_items" if metric == "token_accuracy" else "items"
+        if metric not in found or name not in found or (metric == "loss") != ("accuracy" not in found):
+            raise ValueError(f"{self.name}: items have no {metric!r}")
+        return [float(item) for item in found[name]]
 
     def curve(self, name: str) -> list[tuple[int, float, float]]:
         """(step, FLOPs, value) of everything in the metrics that has a value of that name, such as "eval/loss"."""
@@ -133,9 +143,9 @@ def scores_of(
     return [diverged if item.has_diverged else item.score(metric, loops=loops, by=by) for item in results]
 
 
-def items_of(results: Sequence[RunResult], *, loops: int | None = None) -> np.ndarray:
+def items_of(results: Sequence[RunResult], metric: str = "accuracy", *, loops: int | None = None) -> np.ndarray:
     """Score of every test row of every run, `[S, I]`; ValueError where one has diverged."""
-    return np.array([item.items(loops) for item in results])
+    return np.array([item.items(metric, loops=loops) for item in results])
 
 
 def read_scores(folder: Path, rows: int, loops: Sequence[int]) -> dict[str, Any] | None:
@@ -207,19 +217,15 @@ def _score_at(run: Run, rows: int, loops: int | None) -> dict[str, Any]:
         {name: {str(value): share for value, share in groups.items()} for name, groups in found.items()}
         for found in (score.by, score.token_by)
     )
-    items = by.pop(_ROW)
-    token_by.pop(_ROW)
-    num_by = {name: {str(value): num for value, num in score.num_by[name].items()} for name in by}
-    return (
-        visits
-        | values
-        | {
-            "by": by,
-            "token_by": token_by,
-            "num_by": num_by,
-            "items": "".join(str(int(items[str(i)])) for i in range(rows)),
-        }
-    )
+    items, token_items = by.pop(_ROW), token_by.pop(_ROW)
+    groups = {
+        "by": by,
+        "token_by": token_by,
+        "num_by": {name: {str(value): num for value, num in score.num_by[name].items()} for name in by},
+        "items": "".join(str(int(items[str(row)])) for row in range(rows)),
+        "token_items": [round(token_items[str(row)], 4) for row in range(rows)],
+    }
+    return visits | values | groups
 
 
 def _numbered(run: Run, rows: int) -> Iterator[Batch]:

@@ -6,8 +6,10 @@ A run is a list of stages. What a stage leaves open is as the run says.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -168,13 +170,18 @@ class RunConfig(Component):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
+        self.require(_is_plain(self.name), "name", "must be a name without '/'; --out names a folder")
         for name in ("steps", "batch_size", "log_every"):
             self.require(getattr(self, name) >= 1, name, "must be at least 1")
         self.require(self.micro_batch is None or self.micro_batch >= 1, "micro_batch", "must be at least 1")
         self.require(self.clip is None or self.clip > 0, "clip", "must be above 0, or null not to clip")
         self.require(self.ema is None or 0 < self.ema < 1, "ema", "must be between 0 and 1")
+        depths = [self.depth, *(stage.depth for stage in self.stages)]
+        rows_differ = any(depth is not None and depth.per == "sequence" for depth in depths)
+        rule = "does not go with depths per sequence, whose windows differ from rank to rank: use 'ddp'"
+        self.require(not rows_differ or self.parallel != "fsdp", "parallel", rule)
 
-    @property
+    @cached_property
     def all_stages(self) -> tuple[Stage, ...]:
         """The stages, at least one."""
         return self.stages or (Stage(steps=self.steps),)
@@ -192,6 +199,10 @@ class RunConfig(Component):
                 return index, first
             first += stage.steps
         return len(self.all_stages) - 1, first - self.all_stages[-1].steps
+
+
+def _is_plain(name: str) -> bool:
+    return name.strip() not in ("", ".", "..") and not set(name) & set("/\\\0\n")
 
 
 def read_config(path: Path) -> RunConfig:
@@ -236,7 +247,7 @@ def override(config: RunConfig, words: Iterable[str]) -> RunConfig:
         path, equals, text = word.partition("=")
         if not equals or not path:
             raise ValueError(f"override {word!r}: write field=value, such as steps=200 or optimizer.lr=3e-4")
-        _put(data, path.split("."), _value(text), path, config)
+        _put(data, path.split("."), _value(text), path)
     return parse(data)
 
 
@@ -247,29 +258,61 @@ def _value(text: str) -> Any:
         return text
 
 
-def _put(data: Any, keys: list[str], value: Any, path: str, holder: Any) -> None:
-    """Set a value deep inside the JSON form; `holder` is the config value that `data` describes."""
+def _put(data: Any, keys: list[Any], value: Any, path: str) -> None:
+    """Set a value deep inside the JSON form of a config."""
     key, *rest = keys
+    owner = components.kinds().get(data.get("kind")) if isinstance(data, dict) else None
     if isinstance(data, list):
         if not key.isdigit() or int(key) >= len(data):
             raise ValueError(f"override {path!r}: {key!r} is no index of a list of {len(data)}")
-        key: Any = int(key)
-        inner = holder[key]
-    else:
-        known = [item.name for item in fields(holder)] if isinstance(holder, Component) else list(data)
-        if isinstance(holder, Component) and key not in known and key != "kind":
-            raise ValueError(f"override {path!r}: {holder.kind} has no field {key!r}{components.suggest(key, known)}")
-        inner = getattr(holder, key, None) if isinstance(holder, Component) else (data or {}).get(key)
+        key = int(key)
+    elif owner is not None and key != "kind":
+        known = [item.name for item in fields(owner)]
+        if key not in known:
+            raise ValueError(f"override {path!r}: {owner.kind} has no field {key!r}{components.suggest(key, known)}")
+    inner = data[key] if isinstance(data, list) else data.get(key)
+    axis = None if owner is None else _axis(owner, key)
     if rest:
-        if data[key] is None:
-            raise ValueError(f"override {path!r}: {key} is not set; set it whole, such as {key}='{{\"kind\": ...}}'")
-        if not isinstance(data[key], dict | list):
+        if inner is None:
+            raise ValueError(f"override {path!r}: {key} is not set; choose one first, such as {_example(axis, key)}")
+        if not isinstance(inner, dict | list):
             raise ValueError(f"override {path!r}: {key} is a single value, it has no field {rest[0]!r}")
-        _put(data[key], rest, value, path, inner)
-    elif isinstance(inner, Component) and isinstance(value, str):
-        axis = (inner.kind or "").split(".")[0]
-        data[key] = {"kind": value if "." in value else f"{axis}.{value}"}
-    elif isinstance(value, Mapping) and isinstance(inner, Component) and "kind" not in value:
-        data[key] = data[key] | dict(value)
+        _put(inner, rest, value, path)
+    elif isinstance(value, str) and axis:
+        chosen = _with_defaults(value if "." in value else f"{axis}.{value}")
+        data[key] = [chosen] if isinstance(inner, list) else chosen
+    elif isinstance(value, Mapping) and isinstance(inner, dict) and axis and "kind" not in value:
+        data[key] = inner | dict(value)
     else:
         data[key] = value
+
+
+def _with_defaults(kind: str) -> dict[str, Any]:
+    """The JSON form of a component with its defaults; the kind alone where that is no component by itself."""
+    try:
+        return components.to_dict(components.from_dict({"kind": kind}))
+    except ValueError:  # a field that must be given, perhaps by the next word
+        return {"kind": kind}
+
+
+def _axis(owner: type[Component], key: str) -> str | None:
+    """The axis that a field takes its components from; None for a field of other values."""
+    for hint in _inner_types(typing.get_type_hints(owner).get(key)):
+        if hint is Component:  # such as the parts of a loop, whose fields are called like their axes
+            return key
+        if isinstance(hint, type) and issubclass(hint, Component):
+            return next(kind for kind, known in components.kinds().items() if issubclass(known, hint)).split(".")[0]
+    return None
+
+
+def _inner_types(hint: Any) -> Iterator[Any]:
+    parts = typing.get_args(hint)
+    if not parts:
+        yield hint
+    for part in parts:
+        yield from _inner_types(part)
+
+
+def _example(axis: str | None, key: str) -> str:
+    known = [kind.split(".")[1] for kind in components.kinds() if axis and kind.startswith(f"{axis}.")]
+    return f"{key}={known[0]}" if known else f"{key}='{{...}}'"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from loopwise.loop.depth import step_generator
+from loopwise.loop.state import RowSeeds
 from loopwise.models.attach import plan_of
 from loopwise.models.regression import LoopwiseForRegression
 from loopwise.tasks.base import Rows, Score, score
@@ -34,14 +34,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def predict(model: Any, batch: Batch, loops: Loops = None, *, seed: int = 0) -> torch.Tensor:
+def predict(model: Any, batch: Batch, loops: Loops = None, *, seed: int = 0, first_row: int = 0) -> torch.Tensor:
     """Logits `[B, T, V]` of one forward, or predictions at points `[B, N]` after the last iteration.
 
     Args:
         model: a model of a run.
         batch: on the model's device.
         loops: iteration counts; None are those of the plan.
-        seed: of a random first state, where the loop has one.
+        seed: of random first states, where the loop has them; with the number of the row what they are a function of.
+        first_row: number of the batch's first row.
     """
     if batch.points is not None:
         assert isinstance(model, LoopwiseForRegression)
@@ -50,7 +51,8 @@ def predict(model: Any, batch: Batch, loops: Loops = None, *, seed: int = 0) -> 
         return model(batch.points.xs_BNI, batch.points.ys_BN, loops=loops, loop_start=count - 1)[0]
     options: dict[str, Any] = {} if loops is None else {"loops": loops}
     if hasattr(model, "causal_options"):  # our own decoder
-        options |= model.causal_options | {"generator": step_generator(seed, 0)}
+        rows = RowSeeds(seed=seed, step=0, rows=tuple(range(first_row, first_row + batch.num_rows)))
+        options |= model.causal_options | {"generator": rows}
     if batch.positions_BT is not None:
         options["position_ids"] = batch.positions_BT
     return model(batch.tokens_BT, use_cache=False, **options).logits
@@ -75,9 +77,11 @@ def evaluate(
     device = next(model.parameters()).device
     total, items, parts, predictions = 0.0, 0, [], []
     with evaluating(model), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        for number, batch in enumerate(batches):
+        first_row = 0
+        for batch in batches:
             moved = batch.to(device)
-            output = predict(model, moved, loops, seed=seed + number).float()
+            output = predict(model, moved, loops, seed=seed, first_row=first_row).float()
+            first_row += batch.num_rows
             items += batch.num_items
             if moved.points is not None:
                 total += float((output - moved.points.ys_BN).square().sum())

@@ -266,6 +266,8 @@ class CheckpointModel(ModelConfig):
 
     def _build(self, vocab_size: int, parametrisation: Parametrisation) -> tuple[Any, Rules]:
         self._refuse(parametrisation)
+        if not self.source:
+            raise ValueError("model.source is not set: name a checkpoint to go on from, such as model.source=FOLDER")
         model = load(
             Path(self.source) if Path(self.source).exists() else self.source, plan=self.plan or None, dtype=self.dtype
         )

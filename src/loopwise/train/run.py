@@ -43,7 +43,7 @@ from loopwise.train.parallel import (
     shard,
     without_sync,
 )
-from loopwise.train.stages import enter, plan_text
+from loopwise.train.stages import check_stages, enter, plan_text
 from loopwise.train.world import World
 
 CONFIG, METRICS, CHECKPOINTS, SAMPLES, PLOTS, MODEL = (
@@ -97,11 +97,12 @@ class Run:
         for stage in config.all_stages:
             self.world.share(stage.batch_size or config.batch_size)
         self.source: Source = config.data.open(seed=config.seed)
-        found = self._claim_folder()
+        found = self._last_checkpoint()
         self._build(config.stage_at(checkpoints.read_meta(found)["step"] if found else 0)[0])
         self.last_good = found
         if found:
             self._restore(found)
+        self._claim_folder()
         self.metrics = Metrics(self.folder / METRICS) if self.folder and self.world.is_first else None
         if self.metrics is not None:
             self.metrics.rewind(self.carry.step)
@@ -229,17 +230,13 @@ class Run:
         )
         return self.last_good
 
-    def _claim_folder(self) -> Path | None:
-        """Make the folder this run's, and return its last complete checkpoint."""
+    def _last_checkpoint(self) -> Path | None:
+        """Check that the folder is free or this run's, and return its last complete checkpoint."""
         if self.folder is None:
             return None
         path = self.folder / CONFIG
-        if path.is_file():
-            if read_config(path) != self.config:
-                raise ValueError(f"{self.folder} holds another run: choose a new folder, or open that run")
-        elif self.world.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_config(self.config, path)
+        if path.is_file() and read_config(path) != self.config:
+            raise ValueError(f"{self.folder} holds another run: choose a new folder, or open that run")
         self.world.barrier()
         if self.world.is_first:
             checkpoints.clean(self.folder / CHECKPOINTS)
@@ -248,6 +245,13 @@ class Run:
             check_fingerprint(self.source, checkpoints.read_meta(found)["fingerprint"])
         self.world.barrier()
         return found
+
+    def _claim_folder(self) -> None:
+        """Make the folder this run's, once everything that may be refused has been built."""
+        if self.folder is not None and self.world.is_first and not (self.folder / CONFIG).is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(self.config, self.folder / CONFIG)
+        self.world.barrier()
 
     def _build(self, stage: int) -> None:
         """The model and its optimizer, as they are at the beginning of a stage."""
@@ -266,6 +270,7 @@ class Run:
             (shard if config.parallel == "fsdp" else replicate)(self.model)
         self.terms = build_terms(self.model, config.terms)
         self.parameters = trainable(self.model)
+        check_stages(self.model, config.all_stages, self.parameters)
         self.optimizer = config.optimizer.build(
             self.parameters, {name: rule for name, rule in rules.items() if name in self.parameters}
         )
@@ -292,7 +297,7 @@ class Run:
         (num_items,) = self.world.sum(batch.num_items)
         self.optimizer.zero_grad()
         totals = self._gradients(batch, count, first, num_items)
-        norm = float(clip_gradients(self.parameters.values(), config.clip))
+        norm = float(clip_gradients(self.parameters.values(), math.inf if config.clip is None else config.clip))
         if not math.isfinite(totals["loss"]) or not math.isfinite(norm):
             raise TrainingError(self._diverged(batch, totals["loss"], norm))
         factor = self._factor(stage)
@@ -329,10 +334,10 @@ class Run:
         """
         config, stage = self.config, self.config.all_stages[self.stage]
         pieces = list(batch.micro(config.micro_batch or batch.num_rows))
-        totals: dict[str, float] = {}
+        found: list[tuple[str, torch.Tensor]] = []
         for number, micro in enumerate(pieces):
             # Dropout is that of the step and the rows, whichever rank or micro-batch they are in.
-            torch.manual_seed(key(config.seed, self.carry.step, first))
+            seed_dropout(key(config.seed, self.carry.step, first), self.world.device)
             is_last = number + 1 == len(pieces)
             with torch.autocast(self.world.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 loss, stats = compute_loss(
@@ -346,12 +351,16 @@ class Run:
                     step=self.carry.step,
                     first_row=first,
                 )
-            with nullcontext() if is_last else without_sync(self.model):
+            with nullcontext() if is_last or self.world.size == 1 else without_sync(self.model):
                 loss.backward()
             first += micro.num_rows
-            for name, value in stats.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        finish_backward(self.model)
+            found += ((name, torch.as_tensor(value, device=loss.device)) for name, value in stats.items())
+        if self.world.size > 1:
+            finish_backward(self.model)
+        totals: dict[str, float] = {}
+        values = torch.stack([value for _, value in found]).tolist()  # read once a step: reading waits for the device
+        for (name, _), value in zip(found, values, strict=True):
+            totals[name] = totals.get(name, 0.0) + value
         return dict(zip(totals, self.world.sum(*totals.values()), strict=True))
 
     def _count(self, stage: Stage, num_rows: int) -> LoopCount | LoopCounts | None:
@@ -423,6 +432,16 @@ def is_due(step: int, every: int) -> bool:
 def key(*parts: int) -> int:
     """A seed that is a hash of some numbers."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest())
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed the global generators that layers on this device draw from.
+
+    `torch.manual_seed` seeds all devices, and formats the stack for each that is not in use: a millisecond.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def fingerprint(batch: Batch) -> str:

@@ -28,12 +28,35 @@ def enter(model: nn.Module, stage: Stage, parameters: Mapping[str, nn.Parameter]
     set_trainable(parameters, stage.trainable)
 
 
+def check_stages(model: nn.Module, stages: Sequence[Stage], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a stage that the model cannot enter before the first one begins.
+
+    Raises:
+        ValueError: as `enter`, naming the first such stage.
+    """
+    for index, stage in enumerate(stages):
+        try:
+            if stage.plan is not None:
+                _checked(model, Plan.parse(stage.plan))
+            _check_patterns(parameters, stage.trainable)
+        except ValueError as error:
+            raise ValueError(f"stages.{index}: {error}") from None
+
+
 def set_plan(model: nn.Module, plan: Plan) -> None:
     """Let a model with a plan visit its layers in another order.
 
     Raises:
         ValueError: a layer that the model lacks, or a loop of our own decoder that the plan lacks.
     """
+    checked = _checked(model, plan)
+    looping = looping_of(model)
+    assert looping is not None, "models of a run have a plan"
+    looping.plan = checked
+
+
+def _checked(model: nn.Module, plan: Plan) -> Plan:
+    """The plan, which fits the model."""
     looping = looping_of(model)
     assert looping is not None, "models of a run have a plan"
     owner = next(module for module in model.modules() if module.__dict__.get("loopwise") is looping)
@@ -43,7 +66,7 @@ def set_plan(model: nn.Module, plan: Plan) -> None:
             f"the model has components for the loop {missing[0]!r}, the plan {plan} has no such loop: name one so, "
             f"x1 if need be"
         )
-    looping.plan = plan.validate(len(looping.returns))
+    return plan.validate(len(looping.returns))
 
 
 def set_trainable(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> None:
@@ -56,11 +79,15 @@ def set_trainable(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str
     Raises:
         ValueError: a pattern that matches no parameter.
     """
+    _check_patterns(parameters, patterns)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(not patterns or any(fnmatch(name, pattern) for pattern in patterns))
+
+
+def _check_patterns(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> None:
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in parameters):
             raise ValueError(f"trainable={pattern!r} matches no parameter, such as {next(iter(parameters))}")
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(not patterns or any(fnmatch(name, pattern) for pattern in patterns))
 
 
 def plan_text(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V vocabulary, N scored positions, R iterations, P poin
 from __future__ import annotations
 
 import inspect
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -151,10 +152,15 @@ def _is_scored(batch: Batch) -> torch.Tensor:
     return batch.targets_BT != IGNORE
 
 
+@cache
+def _selects_columns(kind: type[nn.Module]) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters
+
+
 def _forward_attached(model: Any, inner: nn.Module, batch: Batch, options: dict[str, Any]) -> Any:
     """Logits of scored positions from a model that selects whole columns, or that computes all of them."""
     scored_BT = _is_scored(batch)
-    if "logits_to_keep" in inspect.signature(type(inner).forward).parameters:
+    if _selects_columns(type(inner)):
         columns_C = scored_BT.any(0).nonzero()[:, 0]
         if 0 < len(columns_C) < scored_BT.shape[1]:
             options, scored_BT = options | {"logits_to_keep": columns_C}, scored_BT[:, columns_C]
