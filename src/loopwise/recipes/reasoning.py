@@ -37,8 +37,8 @@ def cycle_walk(
 
 
 def addition(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
-    """n-ary addition (2502.17416) with 1 layer that runs 4 times: 2 or 3 numbers of 2 digits, last digit first."""
-    task = Addition(operands=(2, 3), digits=2, reverse=True)
+    """n-ary addition (2502.17416) with 1 layer that runs 4 times: 2 or 3 numbers of 2 digits."""
+    task = Addition(operands=(2, 3), digits=2)
     return on_task("addition", task, layers, iterations, **{"steps": 2000, "batch_size": 64} | values)
 
 

@@ -20,7 +20,7 @@ from loopwise.train.optim import AdamWConfig, MuonConfig, WsdSchedule
 LINEAR = LinearRegression(inputs=3, num_points=8)
 
 
-def icl_looped(iterations: int = 6, window: int = 3, steps: int = 1500, **values: Any) -> RunConfig:
+def icl_looped(iterations: int = 6, window: int = 3, steps: int = 1400, **values: Any) -> RunConfig:
     """In-context linear regression with 1 layer that runs 6 times, adds the prompt each time and learns at the last 3.
 
     The number of iterations grows from `window` to `iterations` over the first 30 % of the steps.
@@ -33,7 +33,7 @@ def icl_looped(iterations: int = 6, window: int = 3, steps: int = 1500, **values
     return on_points("icl_looped", f"core:(0)x{iterations}", steps=steps, loop=loop, **settings | values)
 
 
-def icl_deep(layers: int = 6, steps: int = 1500, **values: Any) -> RunConfig:
+def icl_deep(layers: int = 6, steps: int = 1400, **values: Any) -> RunConfig:
     """In-context linear regression with as many layers of their own as the looped model has iterations."""
     section = f"(0-{layers - 1})" if layers > 1 else "(0)"
     settings = {"layers": layers, "objective": LastMeanObjective(window=1)}
