@@ -16,7 +16,7 @@ from loopwise.tasks.regression import LinearRegression, Points, least_squares, s
 from loopwise.train.config import Evaluation, RunConfig
 from loopwise.train.data.generated import RegressionData
 
-LOOPS = (1, 2, 3, 4, 5, 6, 8, 12, 18, 24)
+LOOPS = (1, 2, 3, 4, 6, 8, 12, 24)
 LARGE = LinearRegression(inputs=10, num_points=21)
 LABELS = {"looped": "1 layer looped", "deep": "as many layers", "shallow": "1 layer once"}
 
@@ -105,7 +105,9 @@ def _by_point(by_point: Mapping[str, Mapping[str, Sequence[float]]], least_N: np
     ]
     x = list(range(1, len(least_N) + 1))
     curves.append(Curve(label="least squares", x=x, y=least_N.tolist(), colour=6, dashed=True))
-    return Panel(curves=curves, x_label="point of the prompt", y_label="squared error / d", title="trained depth")
+    return Panel(
+        curves=curves, x_label="point of the prompt", y_label="squared error / d", title="after training, by point"
+    )
 
 
 def _by_loops(
@@ -120,8 +122,8 @@ def _by_loops(
             Curve(label="least squares", x=ends, y=[least / inputs, least / inputs], colour=6, dashed=True),
         ],
         x_label="iterations in the test",
-        y_label="squared error / d, mean over points",
-        title="other depths",
+        y_label="squared error / d",
+        title="mean over all points, at other depths",
         log_x=True,
         log_y=True,
     )

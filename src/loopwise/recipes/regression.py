@@ -56,8 +56,8 @@ def on_points(
 ) -> RunConfig:
     """A run of a GPT-2-like block on prompts of points.
 
-    Rotary positions stand for the learned ones of the papers: which value belongs to which point is then a distance of
-    one, which a few hundred steps suffice to find.
+    Rotary positions stand for the learned ones of the papers, so that a value is at the same distance from its point
+    everywhere in the prompt.
 
     Args:
         name: of the run.

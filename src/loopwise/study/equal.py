@@ -16,7 +16,6 @@ from loopwise.train.models import DecoderSizes
 
 Equal = Literal["steps", "flops", "parameters"]
 EQUALS = ("steps", "flops", "parameters")
-_ROUNDS = 4  # FLOPs per step depend on the number of steps where loop counts follow a curriculum
 _POINTS = 12  # evaluations of a run whose config has none, so that it has a curve
 _WIDEST = 1 << 16
 
@@ -81,13 +80,22 @@ def with_steps(method: Method, steps: int) -> Method:
 
 def with_flops(method: Method, flops: float) -> Method:
     """The method with as many steps as bring its training nearest to these FLOPs."""
-    for _ in range(_ROUNDS):
-        per_step = estimate_run(method.config, flops_per_second=1.0).flops_per_step
-        steps = max(1, round(flops / per_step))
-        if steps == method.config.num_steps:
-            break
-        method = with_steps(method, steps)
-    return method
+
+    def spends(steps: int) -> float:
+        return estimate_run(with_steps(method, steps).config, flops_per_second=1.0).flops
+
+    least = len(method.config.all_stages)
+    low = high = max(least, round(flops / estimate_run(method.config, flops_per_second=1.0).flops_per_step))
+    # Where all steps cost the same this is it; they do not where loop counts change over the run.
+    stride = 1
+    while spends(high) < flops:
+        low, high, stride = high, high + stride, 2 * stride
+    while low > least and spends(low) > flops:
+        low, high, stride = max(least, low - stride), low, 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if spends(middle) < flops else (low, middle)
+    return with_steps(method, min((low, high), key=lambda steps: abs(spends(steps) - flops)))
 
 
 def with_parameters(method: Method, target: int) -> Method:

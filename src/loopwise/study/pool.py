@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+import loopwise
 from loopwise.io.amounts import duration
 from loopwise.loop.config import to_dict
 from loopwise.study.scoring import RunResult, read_scores
@@ -238,7 +239,10 @@ class _Batch:
 
     def _start(self, nice: int) -> subprocess.Popen:
         environment = {name: value for name, value in os.environ.items() if name not in _OF_TORCHRUN}
-        environment |= dict.fromkeys(_ONE_THREAD, "1")
+        environment |= dict.fromkeys((*_ONE_THREAD, "TQDM_DISABLE"), "1")
+        # The same package, whatever folder this process started in.
+        home = str(Path(loopwise.__file__).resolve().parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (home, environment.get("PYTHONPATH"))))
         errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         process = subprocess.Popen(
             [sys.executable, "-m", "loopwise.study.worker", str(nice)],
@@ -297,7 +301,8 @@ class _Batch:
         code = process.wait()
         file.seek(0)
         lines = file.read().split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), f"its process ended with code {code}")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"its process ended with code {code}" + (f": {last}" if last else "")
 
     def _print_ended(self, path: Path, message: str) -> None:
         job = self.jobs[path]

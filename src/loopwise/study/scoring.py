@@ -29,6 +29,7 @@ from loopwise.train.run import METRICS, Run
 
 SCORES = "scores.json"
 SPLIT = "test"
+_METRICS = ("loss", "accuracy", "token_accuracy")
 _ROW = "row"
 
 
@@ -94,7 +95,7 @@ class RunResult:
             groups = {"accuracy": "by", "token_accuracy": "token_by", "loss": "by" if by[0] == "point" else ""}
             where, name = found.get(groups.get(metric, ""), {}).get(by[0], {}), str(by[1])
         if not isinstance(where.get(name), int | float):
-            known = ", ".join(key for key, value in where.items() if isinstance(value, int | float)) or "none"
+            known = ", ".join(key for key in where if by is not None or key in _METRICS) or "none"
             raise ValueError(f"{self.name}: no {metric!r} of {by or 'all rows'}; there is {known}")
         return float(where[name])
 

@@ -100,7 +100,7 @@ def test_what_ema_refuses() -> None:
     full = dict(ema.state())
     with pytest.raises(ValueError, match=r"lacks 'spare.bias/average'"):
         ema.load_state({key: value for key, value in full.items() if key != "spare.bias/average"})
-    with pytest.raises(ValueError, match=r"'spare.bia/average', which is not averaged here; did you mean"):
+    with pytest.raises(ValueError, match=r"'spare.bia/average', which is not there to be filled; did you mean"):
         ema.load_state(full | {"spare.bia/average": torch.ones(3)})
     with pytest.raises(ValueError, match=r"'spare.bias/average' has shape and dtype \(\(2,\)"):
         ema.load_state(full | {"spare.bias/average": torch.ones(2)})

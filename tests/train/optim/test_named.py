@@ -213,7 +213,7 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
         (less, "lacks 'up_proj.bias/exp_avg'"),
         (wrong, r"'up_proj.bias/exp_avg' has shape and dtype ((4,), torch.float32)"),
         (half, "torch.float16"),
-        (more, "has 'up_proj.bias/exp_ave', this optimizer has no such moment; did you mean 'up_proj.bias/exp_avg'"),
+        (more, "has 'up_proj.bias/exp_ave', which is not there to be filled; did you mean 'up_proj.bias/exp_avg'"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             optimizer.load_state(state)

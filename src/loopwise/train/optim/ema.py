@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from loopwise.loop.config import suggest
+from loopwise.train.optim.state import copy_state
 
 
 class Ema:
@@ -83,22 +83,10 @@ class Ema:
         """The averages as "<parameter name>/average"; the tensors themselves, no copies."""
         return {f"{name}/average": average for name, average in self._averages.items()}
 
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy averages that `state` gave into these, bit for bit.
 
         Raises:
             ValueError: a missing or unknown key, or another shape or dtype; nothing was copied then.
         """
-        own = self.state()
-        for key in state:
-            if key not in own:
-                raise ValueError(f"ema state has {key!r}, which is not averaged here{suggest(key, own)}")
-        for key, average in own.items():
-            if key not in state:
-                raise ValueError(f"ema state lacks {key!r}: load one that was saved for the same parameters")
-            if state[key].shape != average.shape or state[key].dtype != average.dtype:
-                got, wanted = ((tuple(item.shape), item.dtype) for item in (state[key], average))
-                raise ValueError(f"ema state {key!r} has shape and dtype {got}, the average has {wanted}")
-        for key, average in own.items():
-            average.copy_(state[key])
+        copy_state(self.state(), state, "ema")

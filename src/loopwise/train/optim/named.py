@@ -15,6 +15,7 @@ from torch import nn
 
 from loopwise.loop.config import Component, suggest
 from loopwise.train.optim.roles import Multipliers, role_of, rule_for
+from loopwise.train.optim.state import copy_state
 
 Rules = Mapping[str, Multipliers]
 
@@ -94,25 +95,13 @@ class NamedOptimizer:
             for moment, tensor in self._of[name].state[parameter].items()
         }
 
-    @torch.no_grad()
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Copy a state that `state` gave, of this or of another optimizer, into this one, bit for bit.
 
         Raises:
             ValueError: a missing or unknown key, or another shape or dtype; nothing was copied then.
         """
-        own = self.state()
-        for key in state:
-            if key not in own:
-                raise ValueError(f"optimizer state has {key!r}, this optimizer has no such moment{suggest(key, own)}")
-        for key, tensor in own.items():
-            if key not in state:
-                raise ValueError(f"optimizer state lacks {key!r}: load one that was saved for the same parameters")
-            if state[key].shape != tensor.shape or state[key].dtype != tensor.dtype:
-                got, wanted = ((tuple(item.shape), item.dtype) for item in (state[key], tensor))
-                raise ValueError(f"optimizer state {key!r} has shape and dtype {got}, this optimizer needs {wanted}")
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
+        copy_state(self.state(), state, "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
