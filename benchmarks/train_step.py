@@ -235,7 +235,7 @@ def saved_tensors() -> Iterator[dict[int, int]]:
 
 
 def measure_memory(point: Point) -> dict[str, int]:
-    """Bytes of steps in this process: what the forward pass saves for the backward pass, the peak over what was held."""
+    """Bytes of steps in this process: what a forward pass saves for the backward pass; the peak over what was held."""
     run = Run(point.config(), None)
     device, steps = run.world.device, run.train()
     held = held_bytes(device) or 0

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
 from loopwise.cli import common
 
 if TYPE_CHECKING:
-    from loopwise.study.tour import TourModel
+    from loopwise.study.tour import Question, Saying, TourModel
 
+Grid = dict[int, dict[int, float]]
 _SHADES = " .:-=+*#%@"
+_BAR = 20
+_RIGHT = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +29,12 @@ class Tour:
     iterations: int = 8
     """how many iterations to watch"""
     png: common.FilePath = None
-    """also draw accuracy by hops and iterations in this file"""
+    """also draw accuracy by steps and iterations in this file"""
     json: common.FilePath = None
     """also write what is shown as JSON to this file"""
 
     def run(self) -> None:
-        """Print the question, the answer after every iteration, and accuracy by iterations and hops."""
+        """Print the question, the answer after every iteration, and accuracy by iterations and steps."""
         if not 0 <= self.row < 10_000:
             raise ValueError(f"--row {self.row}: use 0 to 9999")
         if not 1 <= self.iterations <= 64:
@@ -37,37 +42,26 @@ class Tour:
         for path in (self.png, self.json):
             common.check_writable(path)
         common.quiet_libraries()
-        from loopwise.study.tour import accuracy_grid, chain, hardest_row, open_tour, sayings
+        from loopwise.study.tour import accuracy_grid, open_tour, question, sayings
 
         tour = open_tour()
-        tokens_T = hardest_row(tour.task, self.row)
-        said = sayings(tour, tokens_T, self.iterations)
-        counts = sorted({*range(1, self.iterations + 1), 2 * self.iterations})
-        grid = accuracy_grid(tour, counts)
-        most = max(tour.task.hops)
+        asked = question(tour.task, self.row)
+        said = sayings(tour, asked, self.iterations)
+        grid = accuracy_grid(tour, sorted({*range(1, self.iterations + 1), 2 * self.iterations}))
         console = common.console()
-        console.print(_about(tour), soft_wrap=True)
-        console.print(_question(tour, tokens_T, chain(tokens_T, most, tour.task.alphabet)), soft_wrap=True)
-        console.print(_answers(tour, said, most))
-        console.print(_table(tour, grid, self.iterations))
+        for part in (about(tour), asking(asked), answers(asked, said), table(tour, grid)):
+            console.print(part, soft_wrap=True, markup=False)
         if self.png is not None:
-            from loopwise.plots.curves import Curve, Panel, draw_panels
-
-            curves = [
-                Curve(label=_hops(hops), x=counts, y=[grid[count][hops] for count in counts]) for hops in tour.task.hops
-            ]
-            panel = Panel(
-                curves=curves,
-                x_label="iterations",
-                y_label="share of held-out letters that are right",
-                level=(1 / tour.task.alphabet, "chance"),
-            )
-            title = "more hops need more iterations of the same layer"
-            common.write_whole(self.png, lambda path: draw_panels([panel], path, title=title))
+            common.write_whole(self.png, lambda path: draw(tour, grid, path))
         if self.json is not None:
             data = {
                 "about": tour.about,
-                "tokens": tokens_T.tolist(),
+                "question": {
+                    "tokens": asked.tokens_T.tolist(),
+                    "steps": asked.steps,
+                    "successors": asked.successors,
+                    "walk": asked.walk,
+                },
                 "answers": [vars(item) for item in said],
                 "accuracy": grid,
                 "versions": common.versions(),
@@ -75,53 +69,87 @@ class Tour:
             common.write_json(self.json, data)
 
 
-def _about(tour: TourModel) -> str:
+def about(tour: TourModel) -> str:
+    """What the model is."""
     parameters = sum(item.numel() for item in tour.model.parameters())
     return (
         f"A model with 1 layer and {parameters:,} parameters, trained by `loopwise train {tour.about['recipe']}` "
-        f"(seed {tour.about['seed']}) at 1 to 8 iterations.\n"
+        f"(seed {tour.about['seed']}).\nAn iteration runs that layer once more, with the same weights.\n"
     )
 
 
-def _question(tour: TourModel, tokens_T: Any, places: list[int]) -> str:
-    words = tour.task.vocabulary
-    letters = "".join(words[token] for token in tokens_T[1:])
-    marks = [" "] * len(letters)
-    for hop, place in enumerate(places):
-        marks[place - 1] = str(hop)
+def asking(asked: Question) -> str:
+    """The question, and the walk that answers it with the number of the step under each letter."""
+    arrows = "  ".join(f"{letter(node)}>{letter(after)}" for node, after in enumerate(asked.successors))
+    walk = asked.walk[: asked.steps + 1]
     return (
-        f"A hop goes from a letter to just after its previous occurrence. {_hops(max(tour.task.hops))} back from the "
-        f"last letter, which letter is there?\n\n  {letters}\n  {''.join(marks).rstrip()}   (where each hop lands)\n"
+        f"Arrows lead from letter to letter:  {arrows}\n"
+        f"Start at {letter(walk[0])} and follow {asked.steps} arrows: where are you?\n\n"
+        f"  the walk   {' > '.join(map(letter, walk))}\n"
+        f"  arrows     {'   '.join(str(step) for step in range(len(walk)))}\n"
     )
 
 
-def _answers(tour: TourModel, said: list[Any], most: int) -> str:
-    words = tour.task.vocabulary
-    lines = ["iteration  answer  probability  of the right answer"]
+def answers(asked: Question, said: list[Saying]) -> str:
+    """The answer after every iteration."""
+    lines = ["iteration  answer  its probability  probability of the right answer"]
     for item in said:
-        bar = "#" * round(20 * item.right)
-        right = most in item.hops
-        note = "right" if right else (f"right for {_list(item.hops)} hops" if item.hops else "")
-        answer = f"{words[item.letter]:>6}  {item.probability:>11.3f}"
-        lines.append(f"{item.iteration:>9}  {answer}  {item.right:.3f} {bar:<20} {note}")
+        if item.steps == asked.steps:
+            note = "right"
+        else:
+            note = "not a letter" if item.steps is None else f"{count(item.steps, 'arrow')} along the walk"
+        bar = "#" * round(_BAR * item.right)
+        lines.append(
+            f"{item.iteration:>9}  {letter(item.node):>6}  {item.probability:>15.3f}  {item.right:.3f} "
+            f"{bar:<{_BAR}}  {note}"
+        )
     return "\n".join(lines) + "\n"
 
 
-def _table(tour: TourModel, grid: dict[int, dict[int, float]], shown: int) -> str:
-    header = (
-        "share of held-out letters that are right\n" + "iterations " + "".join(f"{_hops(h):>8}" for h in tour.task.hops)
-    )
-    lines = [header]
-    for count, shares in grid.items():
-        cells = "".join(f"{_SHADES[round(9 * share)]:>3}{share:5.2f}" for share in shares.values())
-        lines.append(f"{count:>10} {cells}")
-    lines.append("\nOne layer, the same weights: what more iterations bring is not in more parameters.")
+def table(tour: TourModel, grid: Grid) -> str:
+    """Accuracy by iterations and steps; what is learned is marked, so that it forms a staircase."""
+    columns = [count(steps, "arrow") for steps in tour.task.hops]
+    lines = [
+        "512 held-out questions, share of right answers",
+        "iterations" + "".join(f"{name:>11}" for name in columns),
+    ]
+    for iterations, shares in grid.items():
+        cells = "".join(f"{_SHADES[int(9 * share)] * 2:>5} {share:5.2f}" for share in shares.values())
+        lines.append(f"{iterations:>10}{cells}")
+    first = {
+        steps: next((iterations for iterations, shares in grid.items() if shares[steps] >= _RIGHT), None)
+        for steps in tour.task.hops
+    }
+    needed = ", ".join(f"{count(steps, 'arrow')}: {least or 'more'}" for steps, least in first.items())
+    lines += [
+        f"\nIterations until {_RIGHT:.0%} are right ({needed}).",
+        "More arrows need more iterations, not more parameters; training drew 1 to 8 iterations at random.",
+    ]
     return "\n".join(lines)
 
 
-def _hops(count: int) -> str:
-    return f"{count} hop{'s' * (count != 1)}"
+def draw(tour: TourModel, grid: Grid, path: Path) -> None:
+    """Accuracy over iterations, a curve for each number of steps."""
+    from loopwise.plots.curves import Curve, Panel, draw_panels
+
+    curves = [
+        Curve(label=count(steps, "arrow"), x=list(grid), y=[shares[steps] for shares in grid.values()])
+        for steps in tour.task.hops
+    ]
+    panel = Panel(
+        curves=curves,
+        x_label="iterations",
+        y_label="share of held-out questions answered right",
+        level=(1 / tour.task.nodes, "chance"),
+    )
+    draw_panels([panel], path, title="One layer: to follow more arrows takes more iterations")
 
 
-def _list(values: tuple[int, ...]) -> str:
-    return " or ".join(map(str, values))
+def letter(node: int | None) -> str:
+    """What a node is called."""
+    return "?" if node is None else string.ascii_lowercase[node]
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{number} {noun}{'s' * (number != 1)}"

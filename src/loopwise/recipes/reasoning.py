@@ -48,7 +48,7 @@ def igsm(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
 
 
 def tour() -> RunConfig:
-    """The model of `loopwise tour`: the walk with 1 to 8 iterations in training, so that an answer forms step by step."""
+    """The model of `loopwise tour`: walks with 1 to 8 iterations in training, so that answers form step by step."""
     settings = {"steps": 1400, "evaluation": Evaluation(every=200, rows=256, loops=(1, 2, 3, 4, 8))}
     return cycle_walk(1, 6, name="tour", **settings, **random_depth(8))
 

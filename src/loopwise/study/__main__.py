@@ -14,7 +14,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from loopwise.io.amounts import amount
 from loopwise.study.claims import SCALE, read_results
 from loopwise.study.experiment import RUNS, Experiment, carry_out, pilot
-from loopwise.study.page import write_page
+from loopwise.study.page import write_index, write_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ class Study:
             carry_out(experiment, runs=self.runs, num_workers=self.jobs, nice=self.nice)
         results = read_results(self.folder, self.scale)
         page = write_page(self.folder, self.docs, self.scale)
+        write_index(self.folder.resolve().parent, self.docs)
         low, high = ("unbounded" if limit is None else f"{limit:.4g}" for limit in results["interval"])
         held = "held" if results["control"]["held"] else "failed"
         print(f"{results['verdict']}: effect {results['effect']:.4g} [{low}, {high}], margin {results['margin']:g}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from loopwise.io.amounts import amount
 from loopwise.io.atomic import write_text
-from loopwise.study.claims import EXPERIMENT, SCALE, Claim, interval_of, read_claim, read_results
+from loopwise.study.claims import CLAIM, EXPERIMENT, SCALE, Claim, interval_of, read_claim, read_results, results_path
 from loopwise.study.experiment import picture_path
 from loopwise.study.stats import mean_interval
 
@@ -36,13 +36,41 @@ def write_page(folder: Path | str, docs: Path | str, scale: str = SCALE) -> Path
     return path
 
 
+def write_index(claims: Path | str, docs: Path | str) -> Path:
+    """Write `docs/index.md`, a line for every claim of a folder that has been run at the usual size."""
+    rows = []
+    for path in sorted(Path(claims).glob(f"*/{CLAIM}")):
+        folder = path.parent
+        if not results_path(folder).is_file():
+            continue
+        claim = read_claim(folder)
+        published = f"{claim.published.figure} ({claim.published.source})"
+        try:
+            results = read_results(folder)
+        except ValueError:
+            ours, found = "", "to be run again"
+        else:
+            ours, found = str(interval_of(results)), results["verdict"]
+        rows.append((f"[{_title(claim)}]({claim.name}.md)", claim.claim, published, ours, found))
+    lines = [
+        "# Claims",
+        "",
+        "What the field says, run at the sizes of this repository. Each page has the arms with their",
+    ]
+    lines += ["parameters and FLOPs, the score of every seed, and the command.", ""]
+    lines += [*_table(("", "claim", "published", "effect and interval", "verdict"), rows), ""]
+    path = Path(docs) / "index.md"
+    write_text(path, "\n".join(lines))
+    return path
+
+
 def page_text(claim: Claim, results: Mapping[str, Any], picture: str | None) -> str:
     """The page as Markdown."""
     effect = interval_of(results)
     control, versions = results["control"], results["versions"]
     ours = f"{_number(effect.estimate)}, interval [{_number(effect.low)}, {_number(effect.high)}]"
     lines = [
-        f"# {claim.name.replace('_', ' ').capitalize()}",
+        f"# {_title(claim)}",
         "",
         f"> {claim.claim}",
         "",
@@ -89,6 +117,10 @@ def page_text(claim: Claim, results: Mapping[str, Any], picture: str | None) -> 
         "",
     ]
     return "\n".join(lines)
+
+
+def _title(claim: Claim) -> str:
+    return claim.name.replace("_", " ").capitalize()
 
 
 def _seen(control: Mapping[str, Any]) -> str:

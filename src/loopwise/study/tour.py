@@ -1,6 +1,6 @@
 """Watching an answer form: what a looped model says after every iteration, on the small trained model of the package.
 
-Shapes: B rows, T tokens, V vocabulary, R iterations.
+Shapes: B rows, T tokens, V vocabulary, R iterations, N nodes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from loopwise.checkpoints.loading import load
 from loopwise.io.atomic import write_text
 from loopwise.loop import config as components
-from loopwise.tasks.base import IGNORE, Rows, rows
-from loopwise.tasks.p_hop import PHop, find
+from loopwise.tasks.base import IGNORE, rows
+from loopwise.tasks.cycle_walk import FIRST_NODE, CycleWalk
 from loopwise.train.config import read_config
 from loopwise.train.metrics import read_metrics
 from loopwise.train.run import CONFIG, METRICS, MODEL
@@ -40,7 +40,7 @@ class TourModel:
     """
 
     model: Any
-    task: PHop
+    task: CycleWalk
     about: dict[str, Any]
 
 
@@ -50,17 +50,36 @@ class Saying:
 
     Attributes:
         iteration: from 1.
-        letter: token that it finds most probable.
-        probability: of that token.
-        right: probability of the right token.
-        hops: numbers of hops, among those of the task, for which the letter would be right.
+        node: what it finds most probable, from 0; None where that is no node.
+        probability: of it.
+        right: probability of the right node.
+        steps: how many steps along the walk from the start the node is.
     """
 
     iteration: int
-    letter: int
+    node: int | None
     probability: float
     right: float
-    hops: tuple[int, ...]
+    steps: int | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Question:
+    """One start of a row of the task.
+
+    Attributes:
+        tokens_T: the row, int64.
+        position: the token of the start, where the model answers.
+        steps: how many steps are asked for.
+        successors: the node after each node.
+        walk: the nodes in the order in which a walk from the start visits them, all N of them.
+    """
+
+    tokens_T: np.ndarray
+    position: int
+    steps: int
+    successors: tuple[int, ...]
+    walk: tuple[int, ...]
 
 
 def open_tour(folder: Path = FOLDER) -> TourModel:
@@ -77,94 +96,67 @@ def open_tour(folder: Path = FOLDER) -> TourModel:
     if found != about["sha256"]:
         raise ValueError(f"the tour's weights have sha256 {found}, its recipe gave {about['sha256']}: install it again")
     task = components.from_dict(about["task"])
-    return TourModel(model=load(folder).eval(), task=cast(PHop, task), about=about)
+    return TourModel(model=load(folder).eval(), task=cast(CycleWalk, task), about=about)
 
 
-def sayings(tour: TourModel, tokens_T: np.ndarray, iterations: int, position: int = -1) -> list[Saying]:
-    """What the model says at a position of one row after each of some iterations."""
-    tokens_1T = torch.from_numpy(tokens_T)[None]
+def sayings(tour: TourModel, question: Question, iterations: int) -> list[Saying]:
+    """What the model says to a question after each of some iterations."""
+    tokens_1T = torch.from_numpy(question.tokens_T)[None]
     with torch.no_grad():
         output = tour.model(tokens_1T, loops=iterations, output_loops=True, use_cache=False)
-    letters = answers(tour.task, tokens_T, position)
-    hops = tour.task.hops[int(tokens_T[0]) - len(tour.task.vocabulary) + len(tour.task.hops)]
-    found = []
+    walk, found = question.walk, []
     for iteration, logits in enumerate(output.loop_logits, start=1):
-        probability_V = logits[0, position].softmax(-1)
-        letter = int(probability_V.argmax())
+        probability_V = logits[0, question.position].softmax(-1)
+        best = int(probability_V.argmax())
+        node = best - FIRST_NODE if 0 <= best - FIRST_NODE < tour.task.nodes else None
         found.append(
             Saying(
                 iteration=iteration,
-                letter=letter,
-                probability=float(probability_V[letter]),
-                right=float(probability_V[letters[hops]]),
-                hops=tuple(count for count, answer in letters.items() if answer == letter),
+                node=node,
+                probability=float(probability_V[best]),
+                right=float(probability_V[walk[question.steps] + FIRST_NODE]),
+                steps=None if node is None else walk.index(node),
             )
         )
     return found
 
 
-def answers(task: PHop, tokens_T: np.ndarray, position: int = -1) -> dict[int, int]:
-    """The right token at a position for each number of hops of the task."""
-    place = position % len(tokens_T) - 1
-    return {count: int(task.labels(_letters(tokens_T)[None], np.array([count]), [place])[0, 0]) for count in task.hops}
-
-
-def chain(tokens_T: np.ndarray, hops: int, alphabet: int, position: int = -1) -> list[int]:
-    """The positions in the row that the hops visit, the asked one first; shorter where a hop is undefined."""
-    next_N = find(_letters(tokens_T)[None], alphabet)[0]
-    place, seen = position % len(tokens_T) - 1, []
-    for _ in range(hops + 1):
-        seen.append(place + 1)
-        if place >= len(next_N) or next_N[place] >= len(next_N):
-            break
-        place = int(next_N[place])
-    return seen
-
-
 def accuracy_grid(tour: TourModel, iterations: list[int], num_rows: int = 512) -> dict[int, dict[int, float]]:
-    """Share of held-out letters that are right, by iterations and by hops: `{iterations: {hops: share}}`."""
+    """Share of held-out starts that are answered right, by iterations and by steps: `{iterations: {steps: share}}`."""
     drawn = rows(tour.task, seed=0, index=0, size=num_rows, split="test")
+    tokens_BT, scored_BT = torch.from_numpy(drawn.tokens_BT), drawn.targets_BT != IGNORE
     grid: dict[int, dict[int, float]] = {}
     for count in iterations:
         with torch.no_grad():
-            logits = tour.model(torch.from_numpy(drawn.tokens_BT), loops=count, use_cache=False).logits
-        right_BT = logits.argmax(-1).numpy() == drawn.targets_BT
-        grid[count] = {hops: _share(right_BT, drawn, hops) for hops in tour.task.hops}
+            right_BT = tour.model(tokens_BT, loops=count, use_cache=False).logits.argmax(-1).numpy() == drawn.targets_BT
+        here = {steps: scored_BT & (drawn.keys["hops"] == steps)[:, None] for steps in tour.task.hops}
+        grid[count] = {steps: float(right_BT[mask].mean()) for steps, mask in here.items()}
     return grid
 
 
-def hardest_row(task: PHop, index: int = 0) -> np.ndarray:
-    """A held-out row with the most hops whose last letter has an answer that fewer hops do not give."""
-    drawn = rows(task, seed=1, index=index, size=256, split="test")
+def question(task: CycleWalk, index: int = 0) -> Question:
+    """A held-out question with the most steps; `index` counts them."""
+    drawn = rows(task, seed=1, index=index, size=64, split="test")
     most = max(task.hops)
-    for tokens_T, hops in zip(drawn.tokens_BT, drawn.keys["hops"], strict=True):
-        found = answers(task, tokens_T)
-        path = chain(tokens_T, most, task.alphabet)
-        if hops == most and len(path) == most + 1 and sum(found[most] == other for other in found.values()) == 1:
-            return tokens_T
-    return drawn.tokens_BT[int(np.argmax(drawn.keys["hops"]))]
-
-
-def _letters(tokens_T: np.ndarray) -> np.ndarray:
-    first = 2  # after padding and "undefined"
-    return tokens_T[1:] - first
-
-
-def _share(right_BT: np.ndarray, drawn: Rows, hops: int) -> float:
-    here = (drawn.targets_BT != IGNORE) & (drawn.keys["hops"] == hops)[:, None]
-    return float(right_BT[here].mean())
+    place = int(np.argmax(drawn.keys["hops"] == most))
+    tokens_T, position = drawn.tokens_BT[place], task.length - task.nodes
+    successors = tuple(int(token) - FIRST_NODE for token in tokens_T[1 : 1 + task.nodes])
+    walk = [int(tokens_T[position]) - FIRST_NODE]
+    while len(walk) < task.nodes:
+        walk.append(successors[walk[-1]])
+    return Question(tokens_T=tokens_T, position=position, steps=most, successors=successors, walk=tuple(walk))
 
 
 def pack(run_folder: Path, folder: Path = FOLDER) -> None:
     """Put the model of a finished run of the recipe `tour` in the place of the tour's model.
 
     Raises:
-        ValueError: the run is not finished, or is not on p-hop.
+        ValueError: the run is not finished, or is not on walks around a cycle.
     """
     config = read_config(run_folder / CONFIG)
     task = getattr(config.data, "task", None)
     lines = [line for line in read_metrics(run_folder / METRICS) if "eval/accuracy" in line]
-    if not isinstance(task, PHop) or not lines or lines[-1]["step"] != config.num_steps:
+    if not isinstance(task, CycleWalk) or not lines or lines[-1]["step"] != config.num_steps:
         raise ValueError(f"{run_folder} is not a finished run of the recipe tour")
     folder.mkdir(exist_ok=True)
     for name in ("config.json", WEIGHTS):

@@ -11,7 +11,7 @@ import numpy as np
 
 from loopwise.tasks.base import IGNORE, Rows, Task
 
-_FIRST_NODE = 1
+FIRST_NODE = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,9 @@ class CycleWalk(Task):
         end_BN = start_BN
         for hop in range(max(self.hops)):
             end_BN = np.where(hop < hops_B[:, None], np.take_along_axis(next_BN, end_BN, axis=1), end_BN)
-        tokens_BT = np.concatenate([self.nodes + which_B[:, None], next_BN, start_BN], axis=1) + _FIRST_NODE
+        tokens_BT = np.concatenate([self.nodes + which_B[:, None], next_BN, start_BN], axis=1) + FIRST_NODE
         targets_BT = np.full_like(tokens_BT, IGNORE)
-        targets_BT[:, 1 + self.nodes :] = end_BN + _FIRST_NODE
+        targets_BT[:, 1 + self.nodes :] = end_BN + FIRST_NODE
         return Rows(tokens_BT=tokens_BT, targets_BT=targets_BT, keys={"hops": hops_B})
 
     def solve(self, tokens_T: np.ndarray) -> tuple[int, ...]:
@@ -79,7 +79,7 @@ class CycleWalk(Task):
         table = tokens[1 : 1 + self.nodes]
         answer = []
         for node in tokens[1 + self.nodes : self.length]:
-            for _ in range(self.hops[tokens[0] - self.nodes - _FIRST_NODE]):
-                node = table[node - _FIRST_NODE]
+            for _ in range(self.hops[tokens[0] - self.nodes - FIRST_NODE]):
+                node = table[node - FIRST_NODE]
             answer.append(node)
         return tuple(answer)

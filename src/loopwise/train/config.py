@@ -258,8 +258,9 @@ def _value(text: str) -> Any:
         return text
 
 
-def _put(data: Any, keys: list[Any], value: Any, path: str) -> None:
+def _put(data: Any, keys: list[str], value: Any, path: str) -> None:
     """Set a value deep inside the JSON form of a config."""
+    key: Any
     key, *rest = keys
     owner = components.kinds().get(data.get("kind")) if isinstance(data, dict) else None
     if isinstance(data, list):
