@@ -114,7 +114,7 @@ def table(tour: TourModel, grid: Grid) -> str:
         "iterations" + "".join(f"{name:>11}" for name in columns),
     ]
     for iterations, shares in grid.items():
-        cells = "".join(f"{_SHADES[int(9 * share)] * 2:>5} {share:5.2f}" for share in shares.values())
+        cells = "".join(f"{_SHADES[round(9 * share)] * 2:>5} {share:5.2f}" for share in shares.values())
         lines.append(f"{iterations:>10}{cells}")
     first = {
         steps: next((iterations for iterations, shares in grid.items() if shares[steps] >= _RIGHT), None)

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from loopwise.io.amounts import amount
 
-from loopwise.io.amounts import amount
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,8 +17,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _INCHES = (5.2, 3.4)
-_MOST_TICKS = 12
-_NEAREST_TICKS = 0.08  # of the width of the axis
+_MOST_POINTS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +166,6 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
         )
         axes.annotate(text, (x, y), ha="center", va="center_baseline", fontsize=8, zorder=6)
     axes.set_xscale("log" if panel.log_x else "linear")
-    if panel.log_x:
-        _label_points(axes, sorted({x for curve in panel.curves for x in curve.x}))
     axes.set_yscale("log" if panel.log_y else "linear")
     if panel.log_x and panel.curves:
         _label_log(axes, [x for curve in panel.curves for x in curve.x if x > 0])
@@ -182,24 +177,16 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
 
 
 def _label_log(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks of a logarithmic x axis with a prefix; between powers of ten too where there are few of them."""
+    """Ticks of a logarithmic x axis with a prefix: at the points where these are few, else at round numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    points = sorted(set(values))
+    if len(points) <= _MOST_POINTS:
+        axes.set_xticks(points, [amount(value) for value in points])
+        axes.set_xticks([], minor=True)
+        return
     decades = math.log10(max(values) / min(values)) if values else 0.0
     between = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
     axes.xaxis.set_major_locator(LogLocator(subs=between, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value).replace(".00", "")))
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _label_points(axes: Axes, values: Sequence[float]) -> None:
-    """Put ticks at the points themselves where a logarithmic axis has few of them, and leave out crowded ones."""
-    if not values or len(values) > _MOST_TICKS or values[0] <= 0:
-        return
-    gap = _NEAREST_TICKS * math.log(values[-1] / values[0])
-    shown: list[float] = []
-    for value in values:
-        if not shown or math.log(value / shown[-1]) >= gap:
-            shown.append(value)
-    axes.set_xticks(shown, [amount(value) for value in shown])
-    axes.set_xticks([], minor=True)

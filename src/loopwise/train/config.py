@@ -260,18 +260,18 @@ def _value(text: str) -> Any:
 
 def _put(data: Any, keys: list[str], value: Any, path: str) -> None:
     """Set a value deep inside the JSON form of a config."""
-    key: Any
     key, *rest = keys
+    place: Any = key
     owner = components.kinds().get(data.get("kind")) if isinstance(data, dict) else None
     if isinstance(data, list):
         if not key.isdigit() or int(key) >= len(data):
             raise ValueError(f"override {path!r}: {key!r} is no index of a list of {len(data)}")
-        key = int(key)
+        place = int(key)
     elif owner is not None and key != "kind":
         known = [item.name for item in fields(owner)]
         if key not in known:
             raise ValueError(f"override {path!r}: {owner.kind} has no field {key!r}{components.suggest(key, known)}")
-    inner = data[key] if isinstance(data, list) else data.get(key)
+    inner = data[place] if isinstance(data, list) else data.get(key)
     axis = None if owner is None else _axis(owner, key)
     if rest:
         if inner is None:
@@ -281,11 +281,11 @@ def _put(data: Any, keys: list[str], value: Any, path: str) -> None:
         _put(inner, rest, value, path)
     elif isinstance(value, str) and axis:
         chosen = _with_defaults(value if "." in value else f"{axis}.{value}")
-        data[key] = [chosen] if isinstance(inner, list) else chosen
+        data[place] = [chosen] if isinstance(inner, list) else chosen
     elif isinstance(value, Mapping) and isinstance(inner, dict) and axis and "kind" not in value:
-        data[key] = inner | dict(value)
+        data[place] = inner | dict(value)
     else:
-        data[key] = value
+        data[place] = value
 
 
 def _with_defaults(kind: str) -> dict[str, Any]:
