@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, PositionalMetavar
 
 import loopwise
 from loopwise.cli.architectures import Architectures
+from loopwise.cli.compare import Compare
 from loopwise.cli.compose import Compose
 from loopwise.cli.data import Data
 from loopwise.cli.export import Export
@@ -35,6 +36,7 @@ DESCRIPTION = (
 Command = (
     Annotated[Tour, subcommand("tour", description="Watch a small looped model answer, iteration by iteration.")]
     | Annotated[Train, subcommand("train", description="Train a recipe, or go on with a run.")]
+    | Annotated[Compare, subcommand("compare", description="Train methods under several seeds, side by side.")]
     | Annotated[Recipes, subcommand("recipes", description="List the recipes that train knows.")]
     | Annotated[Tasks, subcommand("tasks", description="List the reasoning tasks, or show rows of one.")]
     | Annotated[Data, subcommand("data", description="Build token shards from texts, or show what is in them.")]

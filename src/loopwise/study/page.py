@@ -13,6 +13,7 @@ from loopwise.study.claims import CLAIM, EXPERIMENT, SCALE, Claim, interval_of, 
 from loopwise.study.experiment import picture_path
 from loopwise.study.stats import mean_interval
 
+NOTES = "notes.md"
 _SIDES = {
     "above": "reproduced if the whole interval is above the margin",
     "below": "reproduced if the whole interval is below the margin",
@@ -23,6 +24,8 @@ _SIDES = {
 def write_page(folder: Path | str, docs: Path | str, scale: str = SCALE) -> Path:
     """Write the page of a claim's checked results, `docs/NAME.md`; another scale gets `docs/NAME.SCALE.md`.
 
+    `notes.md` beside the declaration, where there is one, becomes a section of the page.
+
     Raises:
         ValueError: the results are not what was declared.
     """
@@ -32,7 +35,9 @@ def write_page(folder: Path | str, docs: Path | str, scale: str = SCALE) -> Path
     path = docs / (f"{claim.name}.md" if scale == SCALE else f"{claim.name}.{scale}.md")
     picture = picture_path(folder, scale)
     link = os.path.relpath(picture.resolve(), docs.resolve()) if picture.is_file() else None
-    write_text(path, page_text(claim, results, Path(link).as_posix() if link else None))
+    notes = folder / NOTES
+    said = notes.read_text(encoding="utf-8").strip() if notes.is_file() else ""
+    write_text(path, page_text(claim, results, Path(link).as_posix() if link else None, said))
     return path
 
 
@@ -64,8 +69,8 @@ def write_index(claims: Path | str, docs: Path | str) -> Path:
     return path
 
 
-def page_text(claim: Claim, results: Mapping[str, Any], picture: str | None) -> str:
-    """The page as Markdown."""
+def page_text(claim: Claim, results: Mapping[str, Any], picture: str | None, notes: str = "") -> str:
+    """The page as Markdown; `notes` are what people have to say about the result once it is there."""
     effect = interval_of(results)
     control, versions = results["control"], results["versions"]
     ours = f"{_number(effect.estimate)}, interval [{_number(effect.low)}, {_number(effect.high)}]"
@@ -104,6 +109,8 @@ def page_text(claim: Claim, results: Mapping[str, Any], picture: str | None) -> 
     ]
     if picture:
         lines += [f"![What was measured]({picture})", ""]
+    if notes:
+        lines += ["## Reading the result", "", notes, ""]
     lines += _tuning(results.get("tuning", []))
     lines += _details(results.get("details", {}))
     lines += [

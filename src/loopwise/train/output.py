@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from loopwise.train.batch import IGNORE
 from loopwise.train.data.source import Source
 from loopwise.train.evaluate import evaluating, predict
 
+ADAPTER = "adapter"
 _SAMPLE_TOKENS = 96
 
 
@@ -58,22 +61,44 @@ def sample(model: Any, source: Source, count: int) -> str:
 def write_model(model: nn.Module, source: Source, folder: Path, *, is_first: bool = True) -> None:
     """Write the trained model as a folder, with the tokenizer of its data; the folder is whole or absent.
 
+    Adapters are written to a neighbouring folder "adapter", as PEFT does, and the model with them merged in.
     Every rank calls it (sharded weights are gathered), the first writes. An existing folder is replaced.
+
+    Raises:
+        ValueError: a sharded model that is not of our own.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(model, options=options) if _is_sharded(model) else None
     if not is_first:
         return
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        inner = temporary / "model"
-        if hasattr(model, "peft_config") or isinstance(model, LoopwisePreTrainedModel):
-            model.save_pretrained(inner, **({} if state is None else {"state_dict": state}))  # type: ignore[operator]
+    whole: Any = model
+    if hasattr(model, "peft_config"):
+        _write(folder.with_name(ADAPTER), lambda inner: _save(model, inner, state))
+        if state is not None:
+            return
+        whole = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+
+    def fill(inner: Path) -> None:
+        if isinstance(whole, LoopwisePreTrainedModel):
+            _save(whole, inner, state)
         elif state is None:
-            save(model, inner)
+            save(whole, inner)
         else:
             raise ValueError("attached models that are sharded are saved by their checkpoints only")
         source.save_tokenizer(inner)
+
+    _write(folder, fill)
+
+
+def _save(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
+    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+
+
+def _write(folder: Path, fill: Callable[[Path], None]) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        inner = temporary / "new"
+        fill(inner)
         if folder.exists():
             folder.rename(temporary / "before")
         inner.rename(folder)

@@ -277,6 +277,10 @@ class Run:
         self.ema = None if config.ema is None else Ema(self.parameters, decay=config.ema)
         for index in range(stage + 1):
             self._enter(index)
+        plan = plan_of(self.model)
+        assert plan is not None
+        for count in config.evaluation.loops:
+            plan.with_loops(count)  # refused now, not at the first evaluation
 
     def _enter(self, index: int) -> None:
         self.stage = index
