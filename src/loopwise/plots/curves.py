@@ -12,6 +12,7 @@ from loopwise.io.amounts import amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
@@ -167,8 +168,10 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
         axes.annotate(text, (x, y), ha="center", va="center_baseline", fontsize=8, zorder=6)
     axes.set_xscale("log" if panel.log_x else "linear")
     axes.set_yscale("log" if panel.log_y else "linear")
+    if panel.log_y and panel.curves:
+        _label_log(axes.yaxis, [y for curve in panel.curves for y in curve.y if y > 0])
     if panel.log_x and panel.curves:
-        _label_log(axes, [x for curve in panel.curves for x in curve.x if x > 0])
+        _label_log(axes.xaxis, [x for curve in panel.curves for x in curve.x if x > 0])
     axes.set_xlabel(panel.x_label)
     axes.set_ylabel(panel.y_label)
     axes.set_title(panel.title, fontsize=10)
@@ -176,17 +179,17 @@ def _draw(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _label_log(axes: Axes, values: Sequence[float]) -> None:
-    """Ticks of a logarithmic x axis with a prefix: at the points where these are few, else at round numbers."""
+def _label_log(axis: Axis, values: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis with a prefix: at the points where these are few, else at round numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     points = sorted(set(values))
     if len(points) <= _MOST_POINTS:
-        axes.set_xticks(points, [amount(value) for value in points])
-        axes.set_xticks([], minor=True)
+        axis.set_ticks(points, [amount(value) for value in points])
+        axis.set_ticks([], minor=True)
         return
     decades = math.log10(max(values) / min(values)) if values else 0.0
     between = (1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)
-    axes.xaxis.set_major_locator(LogLocator(subs=between, numticks=12))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: amount(value).replace(".00", "")))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=between, numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: amount(value).replace(".00", "")))
+    axis.set_minor_formatter(NullFormatter())

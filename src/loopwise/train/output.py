@@ -73,7 +73,8 @@ def write_model(model: nn.Module, source: Source, folder: Path, *, is_first: boo
         return
     whole: Any = model
     if hasattr(model, "peft_config"):
-        _write(folder.with_name(ADAPTER), lambda inner: _save(model, inner, state))
+        # Adapters are inside the layers; to learn whether embeddings changed, PEFT would look for the base's folder.
+        _write(folder.with_name(ADAPTER), lambda inner: _save(model, inner, state, save_embedding_layers=False))
         if state is not None:
             return
         whole = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
@@ -90,8 +91,8 @@ def write_model(model: nn.Module, source: Source, folder: Path, *, is_first: boo
     _write(folder, fill)
 
 
-def _save(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None) -> None:
-    model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+def _save(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None, **options: Any) -> None:
+    model.save_pretrained(folder, **options, **({} if state is None else {"state_dict": state}))
 
 
 def _write(folder: Path, fill: Callable[[Path], None]) -> None:

@@ -175,7 +175,7 @@ def load_tokenizer(source: str | Path) -> Any:
     path = Path(source)
     is_bare = path.is_dir() and (path / "tokenizer_config.json").is_file() and not (path / "config.json").is_file()
     try:
-        if path.is_file():
+        if path.is_file() and path.suffix != ".gguf":
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
         if is_bare:
             return AutoTokenizer.from_pretrained(path)
