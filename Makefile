@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 PYTEST_ARGS ?=
+CLAIMS ?= $(patsubst %/claim.toml,%,$(wildcard claims/*/claim.toml))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,16 +17,27 @@ ONE_THREAD := OMP_NUM_THREADS=1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint types conformance bench clean
+.PHONY: help setup demo quickstart tour-model claims test lint types conformance bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  \1	/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1	/' | expand -t 16
 
 setup: $(STAMPS)/package ## make .venv and install the locked versions and loopwise itself
 
-demo: $(STAMPS)/package $(STAMPS)/demo ## loop a real model: inspect, score, generate, prove; writes demo_out/
+demo: $(STAMPS)/package $(STAMPS)/demo ## loop a real model, then watch a trained one answer; writes demo_out/
 	$(PY) examples/demo.py --out demo_out
+	$(BIN)/loopwise tour --png demo_out/tour.png --json demo_out/tour.json
+
+quickstart: $(STAMPS)/package ## train 1 layer, 1 layer looped and 4 layers, and compare them; writes quickstart_out/
+	$(ONE_THREAD) $(PY) examples/quickstart.py --out quickstart_out
+
+tour-model: $(STAMPS)/package ## train the model of `loopwise tour` again and put it into the package
+	$(ONE_THREAD) $(BIN)/loopwise train tour --out runs/tour
+	$(PY) -m loopwise.study.tour runs/tour
+
+claims: $(STAMPS)/package ## carry out every claim, hours of two cores; CLAIMS=claims/NAME for one
+	for folder in $(CLAIMS); do $(ONE_THREAD) $(PY) -m loopwise.study $$folder || exit 1; done
 
 test: $(STAMPS)/package ## run the tests (WORKERS=2, PYTEST_ARGS=...)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -44,7 +56,7 @@ bench: $(STAMPS)/package $(STAMPS)/demo ## run the benchmarks; a missed target f
 	for script in benchmarks/[!_]*.py; do $(PY) $$script || exit 1; done
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) build dist demo_out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist demo_out quickstart_out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(STAMPS)/venv:

@@ -162,6 +162,15 @@ def test_bare_words_choose_components() -> None:
     assert override(config, ["steps=7", "model.plan=core:(0)x2"]).model.plan == "core:(0)x2"  # type: ignore[attr-defined]
 
 
+def test_a_folder_of_a_model_is_no_run(run: Main, refused: Refused, model_folder: Path) -> None:
+    model_folder.rename("looped")
+    assert run("train", "looped", *TINY, "steps=1", "--out", "run")[0] == 0
+    assert refused("train", "looped", "--out", "looped").startswith("looped is not a run folder and not empty")
+    assert refused("train", "run/model") == "run/model is a folder, but not of a run: name a recipe or a run folder"
+    (Path("run") / "config.json").write_text("{")
+    assert refused("train", "run").startswith("run/config.json is not JSON")
+
+
 STAGE = '[{"kind":"stage","steps":1},{"kind":"stage","steps":1,%s}]'
 BAD = [
     (["lopped"], "'lopped' is neither a recipe nor a run folder; did you mean 'looped'?"),
@@ -182,7 +191,7 @@ BAD = [
     (["looped", "stages=" + STAGE % '"trainable":["x*"]'], "stages.1: trainable='x*' matches no parameter"),
     (["looped", "--stop-after", "0"], "--stop-after 0: use at least 1"),
     (["looped", "--device", "nowhere"], "device='nowhere': this machine or this build of torch has no such device"),
-    (["folder"], "folder is a folder without config.json"),
+    (["folder"], "folder is a folder, but not of a run"),
     (["looped", "--out", "taken"], "taken is not a run folder and not empty"),
     (["looped", "--out", "file.txt"], "file.txt is not a run folder and not empty"),
     (["file.json"], "file.json is not JSON"),

@@ -110,7 +110,7 @@ def table(tour: TourModel, grid: Grid) -> str:
     """Accuracy by iterations and steps; what is learned is marked, so that it forms a staircase."""
     columns = [count(steps, "arrow") for steps in tour.task.hops]
     lines = [
-        "512 held-out questions, share of right answers",
+        "share of held-out questions answered right",
         "iterations" + "".join(f"{name:>11}" for name in columns),
     ]
     for iterations, shares in grid.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ class Train:
         from loopwise.train.run import CONFIG
 
         folder = Path(self.target)
-        if (folder / CONFIG).is_file():
+        if is_run(folder):
             if self.overrides:
                 raise ValueError(
                     f"{folder} is a run that has begun, its config stays: leave {self.overrides[0]!r} out, or start "
@@ -92,7 +93,7 @@ class Train:
         from loopwise.train.config import read_config
         from loopwise.train.run import CONFIG
 
-        if (out / CONFIG).is_file():
+        if is_run(out):
             if read_config(out / CONFIG) != config:
                 raise ValueError(f"{out} holds another run: name a new folder with --out, or go on with that run")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -116,6 +117,21 @@ class Recipes:
         width = max(map(len, lines))
         for name, line in lines.items():
             print(f"{name:<{width}}  {line}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's; a model's folder has a config.json too."""
+    from loopwise.train.run import CHECKPOINTS, CONFIG, METRICS
+
+    if not (folder / CONFIG).is_file():
+        return False
+    if (folder / METRICS).exists() or (folder / CHECKPOINTS).exists():
+        return True
+    try:
+        data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(data, dict) and data.get("kind") == "run"
 
 
 def show(run: Run, num_steps: int | None = None) -> None:

@@ -9,6 +9,7 @@ narrow a visit to some rows or tokens, skip it, switch its gradient off, or chan
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,7 +90,7 @@ def execute(state_BTD: torch.Tensor, visits: Iterable[Visit], run: Run, hooks: S
         for part in (visit,) if visit.parts is None else visit.parts:
             # Taken and put back with the gradient: what is left out keeps it, and so does what is to re-enter a loop.
             part_btD = gather(state_BTD, part) if part.is_partial else state_BTD
-            with torch.set_grad_enabled(torch.is_grad_enabled() and visit.with_grad):
+            with nullcontext() if visit.with_grad else torch.no_grad():
                 part_btD = run(part, part_btD)
             state_BTD = scatter(state_BTD, part_btD, part) if part.is_partial else part_btD
         for hook in hooks:

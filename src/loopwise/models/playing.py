@@ -108,6 +108,7 @@ class Frame:
         self.plan = plan
         self.owner = owner
         self.layers = cast(nn.ModuleList, owner._modules[looping.name])
+        self.visited = list(self.layers)  # a visit that asks the module list pays for its bookkeeping
         self.rerun = rerun
         self.passes = passes
         self.hooks = [*hooks, *looping.hooks]
@@ -115,6 +116,7 @@ class Frame:
         self.played = self.hidden
         self.calls: list[tuple[tuple, dict]] = []
         self.extras: dict[int, list] = {}
+        self.has_placeholders = any(any(returns.extras) for returns in looping.returns)
         self.last_extras: list | None = None
         self.states: list[torch.Tensor] | None = [] if collect_states else None
         self.cache: Any = None
@@ -182,23 +184,24 @@ class Frame:
             selected = {"attention_mask": self.depth.select(self.cache, visit, mask, self.hidden)}
         if visit.is_partial:
             args, kwargs = slice_call(self.looping.axes[index], self.hidden, visit, args, kwargs)
-        kwargs = kwargs | selected
         if self.passes is not None:
             part_btD = self.passes.begin(visit, part_btD, *self.hidden.shape[:2])
         view = None if self.depth is None else self.depth.view(self.cache, visit.slot, visit.rows)
-        played = [self._argument(value, index, view) for value in args]
-        named = {name: self._argument(value, index, view) for name, value in kwargs.items()}
+        played, named = [*args], kwargs | selected
+        if view is not None or self.has_placeholders:
+            played = [self._argument(value, index, view) for value in played]
+            named = {name: self._argument(value, index, view) for name, value in named.items()}
         if played:
             played[0] = part_btD
         else:
             named["hidden_states"] = part_btD
         if self.passes is not None:
             named |= self.passes.arguments
-        with self._own_state(visit.slot):
-            if self.recompute_layers and visit.slot.iterations:
-                output = run_recomputed(self.layers[index], played, named)
-            else:
-                output = self.layers[index](*played, **named)
+        if self.depth is not None and self.looping.state_names:
+            with self._own_state(self.depth, visit.slot):
+                output = self._call(visit.slot, played, named)
+        else:
+            output = self._call(visit.slot, played, named)
         if not isinstance(output, torch.Tensor):
             self.extras[index] = self.last_extras = list(output[1:])
             output = output[0]
@@ -208,6 +211,12 @@ class Frame:
             self.states.append(output)
         return output
 
+    def _call(self, slot: Slot, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        layer = self.visited[slot.layer]
+        return (
+            run_recomputed(layer, args, kwargs) if self.recompute_layers and slot.iterations else layer(*args, **kwargs)
+        )
+
     def _argument(self, value: Any, reader: int, view: Any) -> Any:
         if isinstance(value, Placeholder):
             played = self.last_extras if value.layer == reader - 1 else self.extras.get(value.layer)
@@ -215,18 +224,18 @@ class Frame:
         return value if view is None else with_view(value, self.cache, view)
 
     @contextmanager
-    def _own_state(self, slot: Slot) -> Iterator[None]:
+    def _own_state(self, depth: DepthCache, slot: Slot) -> Iterator[None]:
         """While a layer that keeps recurrent state on itself runs, it holds the state of this slot."""
-        names = self.looping.state_names[slot.layer] if self.looping.state_names else ()
-        if self.depth is None or not names:
+        names = self.looping.state_names[slot.layer]
+        if not names:
             yield
             return
         modules = [(self.layers[slot.layer].get_submodule(path), name) for path, name in names]
-        bank = self.depth.module_state.get(slot.key, [None] * len(names))
+        bank = depth.module_state.get(slot.key, [None] * len(names))
         for (module, name), value in zip(modules, bank, strict=True):
             setattr(module, name, value)
         yield
-        self.depth.module_state[slot.key] = [getattr(module, name) for module, name in modules]
+        depth.module_state[slot.key] = [getattr(module, name) for module, name in modules]
 
 
 class Recorder(nn.Module):

@@ -47,7 +47,7 @@ def find(target: str) -> RunConfig:
         nearest = difflib.get_close_matches(target, known, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
         if Path(target).is_dir():
-            raise ValueError(f"{target} is a folder without config.json, no run folder: name a recipe or a run")
+            raise ValueError(f"{target} is a folder, but not of a run: name a recipe or a run folder")
         raise ValueError(f"{target!r} is neither a recipe nor a run folder; {hint}")
     return known[target]()
 

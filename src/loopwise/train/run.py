@@ -109,7 +109,7 @@ class Run:
         about = {"name": config.name, "config": components.to_dict(config), "step": self.carry.step}
         trackers = config.trackers if self.metrics else ()
         self.trackers = [item.open(folder=self._inside(""), **about) for item in trackers]
-        self._flops_of: dict[tuple[int, int | None, str, int], float] = {}
+        self._flops_of: dict[tuple[str, int | None, int], float] = {}
         self._stop = False
 
     @classmethod
@@ -338,7 +338,7 @@ class Run:
         """
         config, stage = self.config, self.config.all_stages[self.stage]
         pieces = list(batch.micro(config.micro_batch or batch.num_rows))
-        found: list[tuple[str, torch.Tensor]] = []
+        found: list[tuple[str, torch.Tensor | float]] = []
         for number, micro in enumerate(pieces):
             # Dropout is that of the step and the rows, whichever rank or micro-batch they are in.
             seed_dropout(key(config.seed, self.carry.step, first), self.world.device)
@@ -358,13 +358,12 @@ class Run:
             with nullcontext() if is_last or self.world.size == 1 else without_sync(self.model):
                 loss.backward()
             first += micro.num_rows
-            found += ((name, torch.as_tensor(value, device=loss.device)) for name, value in stats.items())
+            found += stats.items()
         if self.world.size > 1:
             finish_backward(self.model)
         totals: dict[str, float] = {}
-        values = torch.stack([value for _, value in found]).tolist()  # read once a step: reading waits for the device
-        for (name, _), value in zip(found, values, strict=True):
-            totals[name] = totals.get(name, 0.0) + value
+        for name, value in found:  # read when all is under way: reading waits for the device
+            totals[name] = totals.get(name, 0.0) + float(value)
         return dict(zip(totals, self.world.sum(*totals.values()), strict=True))
 
     def _count(self, stage: Stage, num_rows: int) -> LoopCount | LoopCounts | None:
