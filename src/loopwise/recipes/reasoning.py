@@ -25,7 +25,7 @@ HOPS = PHop(context=40, hops=tuple(range(6)), scored_from=16)
 
 def p_hop(layers: int = 1, iterations: int = 6, **values: Any) -> RunConfig:
     """p-hop induction (2402.09268, 2502.17416) with 1 layer that runs 6 times: 0 to 5 hops in 40 letters."""
-    return on_task("p_hop", HOPS, layers, iterations, **{"steps": 800, "batch_size": 32} | values)
+    return on_task("p_hop", HOPS, layers, iterations, **dict[str, Any](steps=800, batch_size=32) | values)
 
 
 def cycle_walk(
@@ -39,12 +39,12 @@ def cycle_walk(
 def addition(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
     """n-ary addition (2502.17416) with 1 layer that runs 4 times: 2 or 3 numbers of 2 digits."""
     task = Addition(operands=(2, 3), digits=2)
-    return on_task("addition", task, layers, iterations, **{"steps": 2000, "batch_size": 64} | values)
+    return on_task("addition", task, layers, iterations, **dict[str, Any](steps=2000, batch_size=64) | values)
 
 
 def igsm(layers: int = 1, iterations: int = 4, **values: Any) -> RunConfig:
     """Symbolic i-GSM (2502.17416) with 1 layer that runs 4 times."""
-    return on_task("igsm", Igsm(), layers, iterations, **{"steps": 3000, "batch_size": 64} | values)
+    return on_task("igsm", Igsm(), layers, iterations, **dict[str, Any](steps=3000, batch_size=64) | values)
 
 
 def tour() -> RunConfig:

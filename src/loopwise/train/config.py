@@ -262,7 +262,7 @@ def _put(data: Any, keys: list[str], value: Any, path: str) -> None:
     """Set a value deep inside the JSON form of a config."""
     key, *rest = keys
     place: Any = key
-    owner = components.kinds().get(data.get("kind")) if isinstance(data, dict) else None
+    owner = components.kinds().get(str(data.get("kind"))) if isinstance(data, dict) else None
     if isinstance(data, list):
         if not key.isdigit() or int(key) >= len(data):
             raise ValueError(f"override {path!r}: {key!r} is no index of a list of {len(data)}")

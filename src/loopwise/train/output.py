@@ -68,7 +68,7 @@ def write_model(model: nn.Module, source: Source, folder: Path, *, is_first: boo
         ValueError: a sharded model that is not of our own.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options) if _is_sharded(model) else None
+    state: Any = get_model_state_dict(model, options=options) if _is_sharded(model) else None
     if not is_first:
         return
     whole: Any = model
@@ -119,7 +119,8 @@ def _prompts(tokens_BT: torch.Tensor | None) -> torch.Tensor:
 def _continued(model: Any, source: Source, prompt_T: torch.Tensor) -> str:
     tokenizer = source.tokenizer
     device = next(model.parameters()).device
-    generator = {"generator": torch.Generator().manual_seed(0)} if isinstance(model, LoopwisePreTrainedModel) else {}
+    is_ours = isinstance(model, LoopwisePreTrainedModel)
+    generator = {"generator": torch.Generator().manual_seed(0)} if is_ours else {}
     tokens = model.generate(
         prompt_T[None].to(device),
         max_new_tokens=_SAMPLE_TOKENS,
