@@ -27,8 +27,11 @@ NEEDED = {
     "delta.lora": {"rank": 2, "targets": ["q_proj", "v_proj"]},
 }
 
+# Other rooms have components too, which are known once they are imported.
+HERE = [kind for kind, component in kinds().items() if component.__module__.startswith("loopwise.loop.")]
 
-@pytest.mark.parametrize("kind", kinds())
+
+@pytest.mark.parametrize("kind", HERE)
 def test_every_component_survives_json(kind):
     config = from_dict({"kind": kind} | NEEDED.get(kind, {}))
     assert type(config) is kinds()[kind]
@@ -37,7 +40,7 @@ def test_every_component_survives_json(kind):
     assert set(written) - {"kind"} == {field.name for field in dataclasses.fields(config)}
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", HERE)
 def test_components_are_frozen_and_need_names(kind):
     config = from_dict({"kind": kind} | NEEDED.get(kind, {}))
     for field in dataclasses.fields(config):

@@ -28,7 +28,7 @@ from loopwise.train.models import DecoderModel, Loop, ModelConfig, TransformersM
 from loopwise.train.optim import AdamWConfig
 from loopwise.train.run import Run
 
-FOLDER = Path(__file__).parents[1] / "goldens" / "train"
+FOLDER = Path(__file__).parent / "goldens"
 STEPS = 50
 TOLERANCE = 1e-4  # of losses near 1, where the order of sums is another
 
