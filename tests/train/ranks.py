@@ -63,6 +63,7 @@ def _run(rank: int, num_ranks: int, folder: str, call: bytes, pipe: Any) -> None
         function, args = pickle.loads(call)
         dist.init_process_group("gloo", init_method=f"file://{Path(folder) / 'store'}", rank=rank, world_size=num_ranks)
         answer = None, function(rank, *args)
+        dist.barrier()  # a rank that leaves before another has connected takes the store away from it
         dist.destroy_process_group()
     except Exception:
         answer = f"rank {rank}: {traceback.format_exc()}", None

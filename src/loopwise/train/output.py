@@ -63,9 +63,6 @@ def write_model(model: nn.Module, source: Source, folder: Path, *, is_first: boo
 
     Adapters are written to a neighbouring folder "adapter", as PEFT does, and the model with them merged in.
     Every rank calls it (sharded weights are gathered), the first writes. An existing folder is replaced.
-
-    Raises:
-        ValueError: a sharded model that is not of our own.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: Any = get_model_state_dict(model, options=options) if _is_sharded(model) else None
@@ -80,12 +77,10 @@ def write_model(model: nn.Module, source: Source, folder: Path, *, is_first: boo
         whole = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
 
     def fill(inner: Path) -> None:
-        if isinstance(whole, LoopwisePreTrainedModel):
-            _save(whole, inner, state)
-        elif state is None:
+        if state is None and not isinstance(whole, LoopwisePreTrainedModel):
             save(whole, inner)
         else:
-            raise ValueError("attached models that are sharded are saved by their checkpoints only")
+            _save(whole, inner, state)
         source.save_tokenizer(inner)
 
     _write(folder, fill)
