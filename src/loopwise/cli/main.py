@@ -19,15 +19,18 @@ from loopwise.cli.architectures import Architectures
 from loopwise.cli.compare import Compare
 from loopwise.cli.compose import Compose
 from loopwise.cli.data import Data
+from loopwise.cli.edit import Edit
 from loopwise.cli.export import Export
 from loopwise.cli.families import Families
 from loopwise.cli.generate import Generate
 from loopwise.cli.importing import Import
 from loopwise.cli.inspect import Inspect
+from loopwise.cli.propose import Propose
 from loopwise.cli.score import Score
 from loopwise.cli.tasks import Tasks
 from loopwise.cli.tour import Tour
 from loopwise.cli.train import Recipes, Train
+from loopwise.cli.uptrain import Uptrain
 
 DESCRIPTION = (
     "A decoder is layers plus a plan. Run any transformers decoder under any plan. --version prints the version."
@@ -36,6 +39,7 @@ DESCRIPTION = (
 Command = (
     Annotated[Tour, subcommand("tour", description="Watch a small looped model answer, iteration by iteration.")]
     | Annotated[Train, subcommand("train", description="Train a recipe, or go on with a run.")]
+    | Annotated[Uptrain, subcommand("uptrain", description="Heal an edited checkpoint.")]
     | Annotated[Compare, subcommand("compare", description="Train methods under several seeds, side by side.")]
     | Annotated[Recipes, subcommand("recipes", description="List the recipes that train knows.")]
     | Annotated[Tasks, subcommand("tasks", description="List the reasoning tasks, or show rows of one.")]
@@ -43,6 +47,8 @@ Command = (
     | Annotated[Inspect, subcommand("inspect", description="Show layers, the plan drawn, parameters and cost.")]
     | Annotated[Generate, subcommand("generate", description="Continue or answer a prompt, streaming.")]
     | Annotated[Score, subcommand("score", description="Perplexity of a text file under several plans, side by side.")]
+    | Annotated[Propose, subcommand("propose", description="Say which layers to loop, tie or prune, and why.")]
+    | Annotated[Edit, subcommand("edit", description="Grow, prune, reorder or tie layers, as a new folder.")]
     | Annotated[Export, subcommand("export", description="Write a model under a plan as a folder of its own.")]
     | Annotated[Import, subcommand("import", description="Write a public looped checkpoint as a folder of our own.")]
     | Annotated[Families, subcommand("families", description="List the public looped models that load, with parity.")]

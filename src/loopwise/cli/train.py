@@ -86,23 +86,8 @@ class Train:
         config = override(config, self.overrides)
         out = self.out or Path("runs") / config.name
         if not self.dry_run:
-            self._check_folder(out, config)
+            check_folder(out, config)
         return config, out
-
-    def _check_folder(self, out: Path, config: RunConfig) -> None:
-        from loopwise.train.config import read_config
-        from loopwise.train.run import CONFIG
-
-        if is_run(out):
-            if read_config(out / CONFIG) != config:
-                raise ValueError(f"{out} holds another run: name a new folder with --out, or go on with that run")
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} is not a run folder and not empty: name a new folder with --out")
-        else:
-            parent = out.absolute().parent
-            while not parent.exists():
-                parent = parent.parent
-            check_writable(parent / "probe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +102,23 @@ class Recipes:
         width = max(map(len, lines))
         for name, line in lines.items():
             print(f"{name:<{width}}  {line}")
+
+
+def check_folder(out: Path, config: RunConfig) -> None:
+    """ValueError when a folder is neither free nor that of a run with this config, or cannot be written."""
+    from loopwise.train.config import read_config
+    from loopwise.train.run import CONFIG
+
+    if is_run(out):
+        if read_config(out / CONFIG) != config:
+            raise ValueError(f"{out} holds another run: name a new folder with --out, or go on with that run")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is not a run folder and not empty: name a new folder with --out")
+    else:
+        parent = out.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        check_writable(parent / "probe")
 
 
 def is_run(folder: Path) -> bool:
@@ -134,13 +136,13 @@ def is_run(folder: Path) -> bool:
     return isinstance(data, dict) and data.get("kind") == "run"
 
 
-def show(run: Run, num_steps: int | None = None) -> None:
-    """Train a run on, with a panel on a terminal and plain lines elsewhere.
+def show(run: Run, num_steps: int | None = None, *, again: str = "loopwise train") -> None:
+    """Train a run on, with a panel on a terminal and plain lines elsewhere; `again` is the command that goes on.
 
     Raises:
         KeyboardInterrupt: the run was interrupted; its checkpoint has been written.
     """
-    from loopwise.train.panel import progress
+    from loopwise.train.panel import full_depth_share, progress
 
     config = run.config
     if run.is_done:
@@ -151,9 +153,12 @@ def show(run: Run, num_steps: int | None = None) -> None:
     with interruptible(run) as state, progress(config.name, enabled=run.world.is_first) as panel:
         for values in run.train(num_steps):
             panel.update(values["step"], config.num_steps, values, log=values["step"] % config.log_every == 0)
+    share = full_depth_share(run.carry.flops, run.carry.flops_full)
+    if run.world.is_first and share is not None:
+        print(f"spent {share}")
     if run.world.is_first and run.folder is not None:
         where = "done" if run.is_done else f"stopped at step {run.carry.step} of {config.num_steps}"
-        print(f"{where}: {run.folder}" + ("" if run.is_done else f", go on with: loopwise train {run.folder}"))
+        print(f"{where}: {run.folder}" + ("" if run.is_done else f", go on with: {again} {run.folder}"))
     if state["interrupted"]:
         raise KeyboardInterrupt
 

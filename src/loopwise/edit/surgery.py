@@ -255,7 +255,7 @@ class Retrofit(DepthOperator):
         made = rearranged(self, plan, num_layers, Plan((*before, *nodes, *behind)), copies_of(kept))
         loops = {
             "none": (),
-            "identity": (("core", {"update": {"kind": "update.concat", "init": "state"}}),),
+            "identity": (("core", {"update": {"kind": "update.concat", "init": "pass_state"}}),),
             "random": (
                 ("core", {"state": {"kind": "state.normal", "std": 0.02}, "update": {"kind": "update.concat"}}),
             ),

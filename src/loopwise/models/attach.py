@@ -28,7 +28,7 @@ from loopwise.models.hub import (
 )
 from loopwise.models.playing import Looping, Returns, hook_owner, looping_of
 from loopwise.models.slicing import learn_axes
-from loopwise.models.wrapper import keep_plan_on_save
+from loopwise.models.wrapper import keep_plan_on_save, remove_components
 from loopwise.plan.plans import Plan
 
 
@@ -84,7 +84,7 @@ def attach(
 
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take the plan away, in place: the model is what it was before `attach`.
+    """Take the plan away, and what was added to it, in place: the model is what it was before `attach`.
 
     Raises:
         ValueError: the model has no plan, or is one of our own decoders, whose plan is a part of it.
@@ -96,6 +96,7 @@ def detach(model: nn.Module) -> nn.Module:
         _remove_hooks(module, looping)
         if module.__dict__.get("loopwise") is looping:
             del module.__dict__["loopwise"]
+    remove_components(model)
     for name in ("save_pretrained", "generate"):
         base_model(model).__dict__.pop(name, None)
     return model
@@ -160,35 +161,40 @@ class Generate:
         self.model = model
 
     def __call__(self, *args: Any, loops: int | Mapping[str, int] | None = None, **kwargs: Any) -> Any:
-        """Arguments and result as in transformers."""
+        """Arguments and result as in transformers; `initial_state=` and `generator=` where loops have components."""
         generate: Any = type(self.model).generate  # pyright: ignore[reportAttributeAccessIssue]
-        if loops is None:
-            return generate(self.model, *args, **kwargs)
-        with use_loops(self.model, loops):
-            return generate(self.model, *args, **kwargs)
+        looping = _looping(self.model)
+        with looping.telling(looping.taken(kwargs)):
+            if loops is None:
+                return generate(self.model, *args, **kwargs)
+            with use_loops(self.model, loops):
+                return generate(self.model, *args, **kwargs)
 
 
 class PerCallLoops:
-    """Hooks on the model itself: take `loops=` and `window=` out of a call's arguments and hand them to the decoder."""
+    """Hooks on the model itself, which hand some of a call's arguments to the decoder.
+
+    They take `loops=` and `window=`, and what the components of loops are told, out of the arguments.
+    """
 
     def __init__(self, looping: Looping):
         self.looping = looping
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Forward pre-hook of the model."""
-        self.looping.loops = self.looping.window = None
-        if "loops" not in kwargs and "window" not in kwargs:
+        self.looping.loops, self.looping.window, self.looping.options = None, None, self.looping.told
+        if not kwargs.keys() & {"loops", "window", *self.looping.told_names}:
             return None
         kwargs = dict(kwargs)
-        loops, window = kwargs.pop("loops", None), kwargs.pop("window", None)
+        loops, window, told = kwargs.pop("loops", None), kwargs.pop("window", None), self.looping.taken(kwargs)
         if isinstance(loops, LoopCounts):
             learn_rows(model)
-        self.looping.loops, self.looping.window = loops, window
+        self.looping.loops, self.looping.window, self.looping.options = loops, window, self.looping.told | told
         return args, kwargs
 
     def end(self, _: nn.Module, __: tuple, ___: Any) -> None:
         """Forward post-hook of the model, called after errors too."""
-        self.looping.loops = self.looping.window = None
+        self.looping.loops, self.looping.window, self.looping.options = None, None, {}
 
 
 def _calibrate(model: nn.Module, plan: Plan) -> tuple[LayerList, Looping, bool]:

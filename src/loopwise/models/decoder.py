@@ -21,17 +21,17 @@ from transformers import PreTrainedModel
 
 from loopwise.cache.policy import CachePolicy
 from loopwise.loop import config as components
-from loopwise.loop.halting import Gate
 from loopwise.loop.passes import LoopModule, Passes
-from loopwise.loop.state import StateInit
 from loopwise.loop.streams import FirstValues
 from loopwise.models.attention import attention_mask as mask_for
 from loopwise.models.blocks import BLOCK_AXES, Block
-from loopwise.models.decoder_config import LOOP_FIELDS, SHARED_NORM, LoopwiseDecoderConfig
+from loopwise.models.decoder_config import LoopwiseDecoderConfig
 from loopwise.models.hub import BaseModelOutputWithPast, align, new_cache
+from loopwise.models.loop_parts import build_loop
 from loopwise.models.mixers import AttentionConfig
 from loopwise.models.norms import NormConfig
 from loopwise.models.playing import Looping, Returns, hook_owner, looping_of
+from loopwise.models.relaxation import RelaxationConfig, install
 from loopwise.models.rotary import rotary_tables
 from loopwise.models.value_embeddings import ValueEmbeddings
 from loopwise.plan.nodes import Loop
@@ -54,18 +54,6 @@ class LoopwiseModelOutput(BaseModelOutputWithPast):
     ponder: torch.Tensor | None = None
     routes: tuple | None = None
     route_loss: torch.Tensor | None = None
-
-
-class Shared(nn.Module):
-    """A module used in a second place, without being registered there."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.__dict__["of"] = (module,)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module does."""
-        return self.__dict__["of"][0](*args, **kwargs)
 
 
 class LoopwisePreTrainedModel(PreTrainedModel):
@@ -123,7 +111,10 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         self.layers = nn.ModuleList(block.build(config, i) for i, block in enumerate(blocks))
         self.norm = NormConfig(**config.norm).build(config.hidden_size) if config.norm is not None else nn.Identity()
         self.loops = nn.ModuleDict(
-            {name: self._build_loop(name, spec, plan) for name, spec in (config.loops or {}).items()}
+            {
+                name: build_loop(name, config.loops or {}, plan, config.hidden_size, final_norm=self.norm)
+                for name in config.loops or {}
+            }
         )
         self.streams = _first_values(config)
         self.passes: Passes | None = None
@@ -137,60 +128,9 @@ class LoopwiseModel(LoopwisePreTrainedModel):
         )
         self.loopwise.axes = [BLOCK_AXES] * len(blocks)
         hook_owner(self, self.loopwise)
+        if config.relaxation:
+            install(self, self.loopwise, cast(RelaxationConfig, components.from_dict(config.relaxation, axis="delta")))
         self.post_init()
-
-    def _build_loop(self, name: str, spec: Mapping[str, Any], plan: Plan) -> LoopModule:
-        if name not in plan.loops:
-            raise ValueError(f"loops names {name!r}, the plan {plan} has {', '.join(plan.loops) or 'no named loop'}")
-        width = self.config.hidden_size
-
-        def norm(key: str) -> nn.Module | None:
-            value = spec.get(key)
-            if value is None:
-                return None
-            return Shared(self.norm) if value == SHARED_NORM else NormConfig(**value).build(width)
-
-        def component(key: str) -> Any:
-            config: Any = components.from_dict(spec[key], axis=key) if spec.get(key) else None
-            return None if config is None else config.build(width)
-
-        unknown = sorted(set(spec) - set(LOOP_FIELDS))
-        if unknown:
-            raise ValueError(f"loop {name!r} has an unknown component {unknown[0]!r}")
-        if spec.get("route") or spec.get("follows"):
-            return self._build_routed(name, spec, plan)
-        projection = spec.get("exit_projection")
-        exit_norm = nn.Linear(width, width, bias=projection == "bias") if projection else norm("exit")
-        module = LoopModule(
-            state=cast(StateInit, components.from_dict(spec["state"], axis="state")) if spec.get("state") else None,
-            update=component("update"),
-            entry=norm("entry"),
-            signal=component("signal"),
-            conditioner=component("conditioner"),
-            turn=norm("turn"),
-            exit=exit_norm,
-            stream=spec.get("stream"),
-            reads=tuple(spec.get("reads", ())),
-            grad=spec.get("grad"),
-            gate=_gate(name, spec.get("gate"), width),
-            halting=components.from_dict(spec["halting"], axis="halting") if spec.get("halting") else None,
-            on_exit=spec.get("on_exit", "skip"),
-        )
-        return module
-
-    def _build_routed(self, name: str, spec: Mapping[str, Any], plan: Plan) -> LoopModule:
-        loops = self.config.loops or {}
-        others = sorted(set(spec) - ({"route", "iterations"} if spec.get("route") else {"follows"}))
-        if others:
-            raise ValueError(f"loop {name!r} has routers, which go with no other component: leave {others[0]!r} out")
-        if spec.get("follows"):
-            if not loops.get(spec["follows"], {}).get("route"):
-                raise ValueError(f"loop {name!r} follows {spec['follows']!r}, which has no routers of its own")
-            return LoopModule(follows=spec["follows"])
-        members = [name, *(other for other, item in loops.items() if item.get("follows") == name)]
-        route: Any = components.from_dict(spec["route"], axis="route")
-        iterations = spec.get("iterations") or sum(plan.counts[member] for member in members)
-        return LoopModule(route=route.build(self.config.hidden_size, iterations))
 
     def make_passes(self, plan: Plan, **options: Any) -> Passes:
         """The loop components of one forward, see `Passes`."""
@@ -332,14 +272,6 @@ class LoopwiseModel(LoopwisePreTrainedModel):
                 tables[mixer.rope] = rotary_tables(position_ids_BT, mixer.rope)
             arguments.append({"attention_mask": masks[kind], "position_embeddings": tables[mixer.rope]})
         return arguments
-
-
-def _gate(name: str, spec: Any, width: int) -> Gate | None:
-    if spec in (None, False):
-        return None
-    if not isinstance(spec, bool | int | float):
-        raise ValueError(f"loop {name!r} has gate={spec!r}: use true, or the first value of its bias")
-    return Gate(width, bias=0.0 if spec is True else float(spec))
 
 
 def collected_loop(model: LoopwiseModel, output_loops: bool | str) -> str | None:

@@ -36,6 +36,7 @@ class LoopwiseDecoderConfig(PreTrainedConfig):
         embedding_scale: factor on the embeddings.
         embedding_dropout: probability on the embeddings in training.
         num_positions: size of a learned position table, or None.
+        relaxation: offsets per visit of layers, a `RelaxationConfig` dictionary; None has none.
         value_embeddings: layer number (as text) -> width of its table of value embeddings; None has none.
         max_position_embeddings: longest context, for information.
         cache: cache policy, see `loopwise.attach`.
@@ -55,6 +56,7 @@ class LoopwiseDecoderConfig(PreTrainedConfig):
     embedding_scale: float = 1.0
     embedding_dropout: float = 0.0
     num_positions: int | None = None
+    relaxation: dict | None = None
     value_embeddings: dict | None = None
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02

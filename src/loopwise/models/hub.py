@@ -25,7 +25,9 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPast,  # noqa: F401 - for the modules of ours that may not reach in
     CausalLMOutputWithPast,  # noqa: F401 - for the modules of ours that may not reach in
 )
+from transformers.pytorch_utils import Conv1D  # noqa: F401 - for the modules of ours that may not reach in
 from transformers.utils.generic import ModelOutput  # noqa: F401 - for the modules of ours that may not reach in
+from transformers.utils.hub import cached_file
 
 try:
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
@@ -232,6 +234,11 @@ def align(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
             tensor.data = tensor.data.clone()
+
+
+def find_file(source: Any, name: str, **place: Any) -> str | None:
+    """The path of a file of a checkpoint, a folder or a hub name; None when it has no such file."""
+    return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False, **place)
 
 
 def forget_quantization(model: PreTrainedModel) -> None:

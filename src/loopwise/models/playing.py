@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,6 +24,7 @@ from torch import nn
 
 from loopwise.cache.depth import DepthCache
 from loopwise.cache.policy import CachePolicy
+from loopwise.loop.boundary import SlotKey
 from loopwise.loop.counts import Loops, Window, counted, hooks_of_call
 from loopwise.loop.execute import Hook, Visit, execute
 from loopwise.models.hub import find_cache, past_length, place_output_hooks, refuse_foreign_cache, with_view
@@ -30,6 +33,8 @@ from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs, without_ca
 from loopwise.models.slicing import Axes, slice_call
 from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
+
+VISIT = "relaxation_visit"  # with this name a layer that has offsets is told which visit it is
 
 
 class Passes(Protocol):
@@ -122,6 +127,7 @@ class Frame:
         self.cache: Any = None
         self.depth: DepthCache | None = None
         self.recompute_layers = False
+        self.visit_numbers = visit_numbers(plan) if looping.relaxed else {}
 
     def fork(self) -> Frame:
         """A frame that goes on from here on its own: what it notes on the way is not noted in this one."""
@@ -197,6 +203,8 @@ class Frame:
             named["hidden_states"] = part_btD
         if self.passes is not None:
             named |= self.passes.arguments
+        if index in self.looping.relaxed:
+            named[VISIT] = self.visit_numbers[visit.slot.key]
         if self.depth is not None and self.looping.state_names:
             with self._own_state(self.depth, visit.slot):
                 output = self._call(visit.slot, played, named)
@@ -274,6 +282,10 @@ class Looping:
         hooks: called around every visit.
         recompute: which loops are checkpointed when a gradient is recorded, None for none.
         axes: per layer, the meaning of the axes of its arguments (see `slicing`); learned when hooks are set.
+        components: parts that were added beside the plan, by name, as JSON values.
+        relaxed: layers that are told which of their visits it is.
+        make_passes: called as `make_passes(owner, plan, ...)` where the owner has no such method of its own; None where
+            its loops have no components.
         loops: iteration counts of the running call of this thread only.
     """
 
@@ -297,6 +309,9 @@ class Looping:
         self.hooks: list[Hook] = []
         self.recompute: Recompute | None = None
         self.axes: Axes = []
+        self.components: dict[str, Any] = {}
+        self.relaxed: frozenset[int] = frozenset()
+        self.make_passes: Callable[..., Passes] | None = None
         self.frame: Frame | None = None
         self.recorders = nn.ModuleList(Recorder(self, i) for i in range(len(returns)))
         self._lock = threading.RLock()
@@ -348,6 +363,39 @@ class Looping:
     def window(self, window: Window) -> None:
         self._calls.window = window
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the running call of this thread tells the components of loops."""
+        return getattr(self._calls, "options", None) or {}
+
+    @options.setter
+    def options(self, options: dict[str, Any]) -> None:
+        self._calls.options = options
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What all calls of this thread tell the components of loops, within `telling`."""
+        return getattr(self._calls, "told", None) or {}
+
+    @contextmanager
+    def telling(self, options: dict[str, Any]) -> Iterator[None]:
+        """Tell the components of loops something in all calls of this thread."""
+        outer = self.told
+        self._calls.told = outer | options
+        try:
+            yield
+        finally:
+            self._calls.told = outer
+
+    @property
+    def told_names(self) -> tuple[str, ...]:
+        """Arguments of a call that are for the components of loops."""
+        return () if self.make_passes is None else ("initial_state", "generator")
+
+    def taken(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Those of a call's arguments, taken out of them."""
+        return {name: kwargs.pop(name) for name in self.told_names if name in kwargs}
+
     def begin(self, owner: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Forward pre-hook of the owner: show the recorders."""
         self._lock.acquire()  # recording is per module: one forward at a time
@@ -359,24 +407,30 @@ class Looping:
             window = kwargs.pop("window", None)
             window = self.window if window is None else window
             plan, window, rows = counted(self.plan, loops, window)
+            if rows is not None and self.relaxed:
+                raise ValueError("layers with offsets per visit run all rows at one visit: use one depth for the batch")
+            if self.options:
+                kwargs = kwargs | {"loop_options": self.options}
             if self.recompute is not None and torch.is_grad_enabled():
                 kwargs = without_cache(self.policy, owner, kwargs)
-            asked, self.loops, self.window = (self.loops, self.window), None, None
+            asked = self.loops, self.window, self.options
+            self.loops, self.window, self.options = None, None, {}
             try:
                 with self.scoped(plan):
                     rerun, args, kwargs = plan_rerun(self.policy, plan, owner, args, kwargs)
             finally:
-                self.loops, self.window = asked
+                self.loops, self.window, self.options = asked
             collect = kwargs.get("output_hidden_states") or getattr(
                 getattr(owner, "config", None), "output_hidden_states", False
             )
             place_output_hooks(owner, kwargs)
             options = dict(kwargs.pop("loop_options", {}))  # calls that had to come first were given them too
-            make_passes = getattr(owner, "make_passes", None)
-            if make_passes is not None:
-                of_call = {"window": window, "rows": rows}
-                options |= {name: value for name, value in of_call.items() if value is not None}
-                passes, hooks = make_passes(plan, **options), []
+            of_call = {"window": window, "rows": rows}
+            of_call = options | {name: value for name, value in of_call.items() if value is not None}
+            if hasattr(owner, "make_passes"):
+                passes, hooks = cast(Any, owner).make_passes(plan, **of_call), []
+            elif self.make_passes is not None:
+                passes, hooks = self.make_passes(owner, plan, **of_call), []
             else:
                 passes, hooks = None, hooks_of_call(plan, window, rows)
             self.frame = Frame(self, plan, owner, rerun=rerun, passes=passes, hooks=hooks, collect_states=bool(collect))
@@ -454,6 +508,22 @@ def hook_owner(owner: nn.Module, looping: Looping) -> None:
     owner.__dict__["loopwise"] = looping
     owner.register_forward_pre_hook(looping.begin, with_kwargs=True)
     owner.register_forward_hook(looping.end, with_kwargs=True, always_call=True)
+
+
+@lru_cache(maxsize=256)
+def visit_numbers(plan: Plan) -> dict[SlotKey, int]:
+    """For every slot key, how many visits of the same layer come before it in the plan."""
+    seen: Counter[int] = Counter()
+    numbers = {}
+    for slot in plan.slots:
+        numbers[slot.key] = seen[slot.layer]
+        seen[slot.layer] += 1
+    return numbers
+
+
+def owner_of(model: nn.Module, looping: Looping) -> nn.Module:
+    """The module that owns the layers which a plan visits."""
+    return next(module for module in model.modules() if module.__dict__.get("loopwise") is looping)
 
 
 def looping_of(model: nn.Module) -> Looping | None:

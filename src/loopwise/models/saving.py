@@ -83,6 +83,11 @@ def load(
     model.eval()
     if plan is not None:
         looping = looping_of(model)
+        if looping is not None and looping.components:
+            raise ValueError(
+                f"{source} has {' and '.join(looping.components)} made for the plan {looping.plan}: load it without "
+                "plan=, and change counts with set_loops"
+            )
         policy = CachePolicy() if looping is None else looping.policy
         if looping is not None:
             detach(model)
@@ -105,9 +110,10 @@ def save(model: nn.Module, folder: str | Path, *, format: str = "loopwise") -> N
     Args:
         model: a model with a plan.
         folder: must not exist, or be empty.
-        format: "loopwise" (the base model's tensors and a configuration of type loopwise), "auto_map" (the same with
-            one file of code that loads without loopwise, through `trust_remote_code=True`), or "unroll" (the
-            materialised model: plain transformers).
+        format: "loopwise" (the base model's tensors, those of what was added to it, and a configuration of type
+            loopwise), "auto_map" (the same with one file of code that loads without loopwise, through
+            `trust_remote_code=True`; not where anything was added), or "unroll" (the materialised model: plain
+            transformers).
 
     Raises:
         ValueError: unknown format, the folder is taken, the model has no plan, carries adapters, or cannot be
@@ -123,6 +129,9 @@ def save(model: nn.Module, folder: str | Path, *, format: str = "loopwise") -> N
         raise ValueError(f"{folder} exists and is not empty: name a new folder")
     if format != "loopwise" and isinstance(base_model(model), LoopwisePreTrainedModel):
         raise ValueError(f"format {format!r} is for models of transformers, this is one of loopwise: use 'loopwise'")
+    added = getattr(looping_of(model), "components", {})
+    if format == "auto_map" and added:
+        raise ValueError(f"format 'auto_map' does not hold {' and '.join(added)}: use 'loopwise'")
     target: Any = materialize(model) if format == "unroll" else base_model(model)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.absolute().parent))
     try:

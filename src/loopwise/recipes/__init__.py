@@ -16,7 +16,7 @@ from typing import Any
 
 from loopwise.train.config import RunConfig
 
-_HOMES = ("quickstart", "reasoning", "language", "regression")
+_HOMES = ("quickstart", "reasoning", "language", "regression", "growth")
 
 
 def recipes() -> dict[str, Callable[..., RunConfig]]:

@@ -182,7 +182,7 @@ def score_run(run: Run, *, rows: int, loops: Sequence[int] = ()) -> dict[str, An
         for count in (None, *loops):
             label = loop_label(run.model, count)
             if label not in found:
-                found[label] = _score_at(run, number, count)
+                found[label] = score_under(run, number, count)
     return about(run) | {
         "diverged": None,
         "split": SPLIT,
@@ -205,7 +205,8 @@ def about(run: Run) -> dict[str, Any]:
     }
 
 
-def _score_at(run: Run, rows: int, loops: int | None) -> dict[str, Any]:
+def score_under(run: Run, rows: int, loops: int | None = None) -> dict[str, Any]:
+    """Scores on test rows of a run as it stands, under the plan that its model has."""
     plan = plan_of(run.model)
     assert plan is not None
     cost = cost_of(run.model, plan if loops is None else plan.with_loops(loops), context=_context(run))

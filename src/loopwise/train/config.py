@@ -13,52 +13,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from loopwise.edit import text as edits
 from loopwise.io.atomic import write_text
 from loopwise.loop import config as components
 from loopwise.loop.config import Component
 from loopwise.loop.depth import DepthSampler
 from loopwise.loop.objective import FinalObjective, Objective
-from loopwise.plan import Plan
 from loopwise.tasks import base as tasks
 from loopwise.train.data.source import DataConfig
 from loopwise.train.models import ModelConfig
 from loopwise.train.objectives import LoraConfig, LossTerm
 from loopwise.train.optim import AdamWConfig, OptimizerConfig, Schedule, WsdSchedule
 from loopwise.train.optim.parametrisation import Parametrisation, StandardParametrisation
+from loopwise.train.stage import Stage
 from loopwise.train.trackers import Tracker
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage(Component):
-    """A stretch of a run.
-
-    Attributes:
-        steps: optimizer steps, at least 1.
-        plan: plan text from here on; None goes on with the plan that there is.
-        depth: sampler of loop counts; None is the run's.
-        objective: what is learned; None is the run's.
-        schedule: factor on the learning rate over the steps of this stage; None goes on with the run's, which covers
-            all steps of the run.
-        batch_size: rows of a step; None is the run's.
-        trainable: patterns (`fnmatch`) of the names of parameters that are trained; empty trains all.
-    """
-
-    kind: ClassVar[str | None] = "stage"
-    steps: int
-    plan: str | None = None
-    depth: DepthSampler | None = None
-    objective: Objective | None = None
-    schedule: Schedule | None = None
-    batch_size: int | None = None
-    trainable: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check the ranges and the plan text."""
-        super().__post_init__()
-        self.require(self.steps >= 1, "steps", "must be at least 1")
-        self.require(self.batch_size is None or self.batch_size >= 1, "batch_size", "must be at least 1")
-        if self.plan is not None:
-            Plan.parse(self.plan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +148,18 @@ class RunConfig(Component):
         rows_differ = any(depth is not None and depth.per == "sequence" for depth in depths)
         rule = "does not go with depths per sequence, whose windows differ from rank to rank: use 'ddp'"
         self.require(not rows_differ or self.parallel != "fsdp", "parallel", rule)
+        rule = "do not go with stages that edit the model: merge adapters first, or edit in a run of its own"
+        self.require(not self.grows or self.adapters is None, "adapters", rule)
 
     @cached_property
     def all_stages(self) -> tuple[Stage, ...]:
         """The stages, at least one."""
         return self.stages or (Stage(steps=self.steps),)
+
+    @property
+    def grows(self) -> bool:
+        """Whether a stage edits the model."""
+        return any(stage.edit for stage in self.stages)
 
     @property
     def num_steps(self) -> int:
@@ -226,7 +201,8 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 def parse(data: Any, name: str = "the config") -> RunConfig:
     """The config that a JSON object describes; `name` stands for it in messages."""
-    tasks.names()  # every kind of task is known from here on
+    tasks.names()  # every kind of task and of edit is known from here on
+    edits.operators()
     config = components.from_dict(data)
     if not isinstance(config, RunConfig):
         raise ValueError(f"{name} is not the config of a run: its kind is {config.kind!r}, not 'run'")
@@ -237,12 +213,13 @@ def override(config: RunConfig, words: Iterable[str]) -> RunConfig:
     """The config with some values replaced: words such as `steps=200`, `optimizer.lr=3e-4`, `stages.0.plan=core:(0)x4`.
 
     A value is read as JSON, and as text where it is none. A component given as a bare word is that choice of its axis
-    with its defaults: `optimizer=muon`.
+    with its defaults: `optimizer=muon`. Operators are also read as text: `stages.1.edit=midas(2)`, or a list of such.
 
     Raises:
         ValueError: a word without "=", or an unknown field (the nearest is suggested), or a value of the wrong type.
     """
     data = components.to_dict(config)
+    edits.operators()
     for word in words:
         path, equals, text = word.partition("=")
         if not equals or not path:
@@ -279,6 +256,9 @@ def _put(data: Any, keys: list[str], value: Any, path: str) -> None:
         if not isinstance(inner, dict | list):
             raise ValueError(f"override {path!r}: {key} is a single value, it has no field {rest[0]!r}")
         _put(inner, rest, value, path)
+    elif axis == "edit" and not isinstance(value, Mapping):
+        texts = value if isinstance(value, list) else [value]
+        data[place] = [_operator(item) if isinstance(item, str) else item for item in texts]
     elif isinstance(value, str) and axis:
         chosen = _with_defaults(value if "." in value else f"{axis}.{value}")
         data[place] = [chosen] if isinstance(inner, list) else chosen
@@ -286,6 +266,11 @@ def _put(data: Any, keys: list[str], value: Any, path: str) -> None:
         data[place] = inner | dict(value)
     else:
         data[place] = value
+
+
+def _operator(text: str) -> dict[str, Any]:
+    """The JSON form of an operator given as text, such as `midas(2)`."""
+    return components.to_dict(edits.parse(text))
 
 
 def _with_defaults(kind: str) -> dict[str, Any]:

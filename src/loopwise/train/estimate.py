@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -34,8 +34,10 @@ from loopwise.models.attach import plan_of
 from loopwise.models.hub import layer_list
 from loopwise.plan import Plan
 from loopwise.train.config import RunConfig, Stage
+from loopwise.train.growth import Built, build, enter
 from loopwise.train.optim import trainable
-from loopwise.train.stages import enter
+from loopwise.train.panel import full_depth_share
+from loopwise.train.stages import set_trainable
 from loopwise.train.world import World
 
 MATMUL_SHARE = 0.5
@@ -76,6 +78,7 @@ class Estimate:
         seconds: of the whole run, without evaluation.
         flops_per_second: what the machine was taken to reach in training.
         device: where that was measured, or "given".
+        flops_full: what the model of the last stage would take for the same tokens; 0 where that is not known.
     """
 
     plans: tuple[str, ...]
@@ -89,6 +92,7 @@ class Estimate:
     seconds: float
     flops_per_second: float
     device: str
+    flops_full: float = 0.0
 
     @property
     def flops_per_step(self) -> float:
@@ -99,13 +103,15 @@ class Estimate:
         """The estimate for people, a fact per line."""
         memory = self.memory
         parts = {name: getattr(memory, name) for name in ("weights", "gradients", "moments", "averages", "activations")}
+        share = full_depth_share(self.flops, self.flops_full)
+        spent = f"{amount(self.flops)} in total" if share is None else share
         shown = ", ".join(f"{name} {amount(size, 'B')}" for name, size in parts.items() if size)
         return [
             f"plan        {' -> '.join(self.plans)}",
             f"parameters  {amount(self.parameters_unique)} unique, {amount(self.parameters_unrolled)} unrolled, "
             f"{amount(self.parameters_trained)} trained",
             f"steps       {self.num_steps}, {amount(self.tokens)} tokens",
-            f"FLOPs       {amount(self.flops_per_step)} per step, {amount(self.flops)} in total",
+            f"FLOPs       {amount(self.flops_per_step)} per step, {spent}",
             f"memory      about {amount(memory.total, 'B')}: {shown}",
             f"time        about {duration(self.seconds)} at {amount(self.flops_per_second, 'FLOP/s')} ({self.device})",
         ]
@@ -123,23 +129,12 @@ def estimate_run(config: RunConfig, *, device: str = "auto", flops_per_second: f
         ValueError: whatever the run itself would refuse at its start.
     """
     source = config.data.open(seed=config.seed)
+    length = source.batch(0, 1).num_tokens
     try:
         with torch.device("meta"):
-            model, rules = config.model.build(
-                source.vocab_size, seed=config.seed, parametrisation=config.parametrisation
-            )
+            found, final = _stages(config, source.vocab_size, length)
     except Exception:  # checkpoints, and types that compute on their weights: an error of the config comes again here
-        model, rules = config.model.build(source.vocab_size, seed=config.seed, parametrisation=config.parametrisation)
-    if config.adapters is not None:
-        model = config.adapters.build(model, seed=config.seed)
-    parameters = trainable(model)
-    moments = _bytes(config.optimizer.build(parameters, rules).state().values())
-    length = source.batch(0, 1).num_tokens
-    found, first = [], 0
-    for stage in config.all_stages:
-        enter(model, stage, parameters)
-        found.append(_stage(config, stage, model, first, length, moments, _bytes(parameters.values())))
-        first += stage.steps
+        found, final = _stages(config, source.vocab_size, length)
     where = World.join(device).device
     speed = flops_per_second or MATMUL_SHARE * matmul_flops(where, config.precision)
     flops = sum(item.flops for item in found)
@@ -156,7 +151,37 @@ def estimate_run(config: RunConfig, *, device: str = "auto", flops_per_second: f
         seconds=flops / speed + visits * _VISIT_SECONDS + config.num_steps * _STEP_SECONDS,
         flops_per_second=speed,
         device="given" if flops_per_second else str(where),
+        flops_full=final * sum(item.tokens for item in found),
     )
+
+
+def _stages(config: RunConfig, vocab_size: int, length: int) -> tuple[list[_Stage], float]:
+    """What every stage takes, with the model that its edits make; and FLOPs per token with the last one throughout."""
+    built = build(config, vocab_size, -1)
+    if config.adapters is not None:
+        built = replace(built, model=config.adapters.build(built.model, seed=config.seed))
+    parameters, moments = _trained(config, built)
+    found, first = [], 0
+    for index, stage in enumerate(config.all_stages):
+        try:
+            built = enter(built, config, index)
+            if stage.edit:
+                parameters, moments = _trained(config, built)
+            set_trainable(parameters, stage.trainable)
+        except ValueError as error:
+            where = f"stages.{index}: " if config.stages else ""
+            raise ValueError(f"{where}{error}") from None
+        found.append(_stage(config, stage, built.model, first, length, moments, _bytes(parameters.values())))
+        first += stage.steps
+    last = replace(config.all_stages[-1], steps=config.num_steps)
+    whole = _stage(config, last, built.model, 0, length, 0, 0)
+    return found, whole.flops / whole.tokens
+
+
+def _trained(config: RunConfig, built: Built) -> tuple[dict[str, nn.Parameter], int]:
+    """The parameters that a run trains, and the bytes of its optimizer's state."""
+    parameters = trainable(built.model)
+    return parameters, _bytes(config.optimizer.build(parameters, built.rules).state().values())
 
 
 def memory_of(

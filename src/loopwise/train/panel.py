@@ -49,8 +49,9 @@ class Progress:
         Args:
             step: optimizer steps done.
             num_steps: steps of the whole run.
-            values: what is known of the step. Shown are loss, lr, iterations, and of "time" tokens_per_second and
-                flops_per_second, where present; names that begin with "eval/" stay visible until the next ones.
+            values: what is known of the step. Shown are loss, lr, iterations, of "time" tokens_per_second and
+                flops_per_second, and of a run whose model changes flops as a part of flops_full, where present; names
+                that begin with "eval/" stay visible until the next ones.
             log: whether a plain line is due; the panel shows every step.
         """
         now = time.monotonic()
@@ -75,6 +76,9 @@ class Progress:
         for label, name, unit in speeds:
             if math.isfinite(found.get(name, math.nan)):
                 facts[label] = amount(found[name], unit)
+        share = full_depth_share(found.get("flops", 0.0), found.get("flops_full", 0.0))
+        if share is not None:
+            facts["FLOPs"] = share
         memory = peak_bytes(_device())
         if memory is not None:
             facts["memory"] = amount(memory, "B")
@@ -95,7 +99,7 @@ class PlainProgress(Progress):
         if not log and not scores and step != num_steps:
             return
         facts = self._facts(step, num_steps, values) | scores
-        labels = {"tokens/s": "{} tokens/s", "FLOP/s": "{}"}
+        labels = {"tokens/s": "{} tokens/s", "FLOP/s": "{}", "FLOPs": "{}"}
         parts = [labels.get(name, f"{name} {{}}").format(text) for name, text in facts.items()]
         # A log is read while it grows, also through a pipe.
         print(", ".join([f"step {step}/{num_steps}", *parts]), file=self._console.file, flush=True)
@@ -179,6 +183,13 @@ def sparkline(values: list[float], width: int, blocks: str = _BLOCKS) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
     return "".join(blocks[round((mean - low) * scale)] if math.isfinite(mean) else "!" for mean in means)
+
+
+def full_depth_share(flops: float, flops_full: float) -> str | None:
+    """FLOPs spent, beside what the final model would have spent on the same tokens; None where that is the same."""
+    if not flops_full or math.isclose(flops, flops_full):
+        return None
+    return f"{amount(flops, 'FLOP')}, {flops / flops_full:.0%} of the {amount(flops_full, 'FLOP')} at full depth"
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, str]:

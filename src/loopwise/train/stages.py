@@ -1,7 +1,7 @@
-"""What happens between two stages: the plan, and with it the model, may change while the run goes on.
+"""What a stage says of a model and of the learning rate: its plan, what is trained, and the factor of every step.
 
-A stage change is a pure function of the config and of the model before it, so that a run that resumes inside a later
-stage first walks through the changes of the earlier ones and then loads its tensors.
+Edits of the model are in `growth`. A stage change is a pure function of the config and of the model before it, so that
+a run that resumes inside a later stage first walks through the changes of the earlier ones and then loads its tensors.
 """
 
 from __future__ import annotations
@@ -14,33 +14,8 @@ from torch import nn
 from loopwise.models.attach import plan_of
 from loopwise.models.playing import looping_of
 from loopwise.plan import Plan
-from loopwise.train.config import Stage
-
-
-def enter(model: nn.Module, stage: Stage, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Let a model be what this stage trains: its plan, and which of the run's parameters are trained. In place.
-
-    Raises:
-        ValueError: the plan does not fit the model, or a pattern matches no parameter.
-    """
-    if stage.plan is not None:
-        set_plan(model, Plan.parse(stage.plan))
-    set_trainable(parameters, stage.trainable)
-
-
-def check_stages(model: nn.Module, stages: Sequence[Stage], parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a stage that the model cannot enter before the first one begins.
-
-    Raises:
-        ValueError: as `enter`, naming the first such stage.
-    """
-    for index, stage in enumerate(stages):
-        try:
-            if stage.plan is not None:
-                _checked(model, Plan.parse(stage.plan))
-            _check_patterns(parameters, stage.trainable)
-        except ValueError as error:
-            raise ValueError(f"stages.{index}: {error}") from None
+from loopwise.train.config import RunConfig
+from loopwise.train.optim.schedule import length
 
 
 def set_plan(model: nn.Module, plan: Plan) -> None:
@@ -79,12 +54,13 @@ def set_trainable(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str
     Raises:
         ValueError: a pattern that matches no parameter.
     """
-    _check_patterns(parameters, patterns)
+    check_patterns(parameters, patterns)
     for name, parameter in parameters.items():
         parameter.requires_grad_(not patterns or any(fnmatch(name, pattern) for pattern in patterns))
 
 
-def _check_patterns(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> None:
+def check_patterns(parameters: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> None:
+    """Raise `ValueError` for a pattern that matches no parameter."""
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in parameters):
             raise ValueError(f"trainable={pattern!r} matches no parameter, such as {next(iter(parameters))}")
@@ -95,3 +71,32 @@ def plan_text(model: nn.Module) -> str:
     plan = plan_of(model)
     assert plan is not None
     return str(plan)
+
+
+def lr_factor(config: RunConfig, step: int) -> float:
+    """Factor on the learning rate of a 0-based step.
+
+    The schedule of the run covers all its steps. After a stage that rewinds, at step f of N with a warm-up of w, step s
+    has the factor that step w + s - f has in a run of w + N - f steps: warmed up at f, and at the end value at N.
+    """
+    index, first = config.stage_at(step)
+    stage = config.all_stages[index]
+    if stage.schedule is not None:
+        factor = stage.schedule.factor(step - first, stage.steps)
+    else:
+        start = _rewound(config, index)
+        if start is None:
+            factor = config.schedule.factor(step, config.num_steps)
+        else:
+            warmup = length(config.schedule.warmup, config.num_steps)
+            factor = config.schedule.factor(warmup + step - start, warmup + config.num_steps - start)
+    return factor * min(1.0, (step - first + 1) / stage.warmup) if stage.lr == "rewarm" else factor
+
+
+def _rewound(config: RunConfig, index: int) -> int | None:
+    """First step of the last stage up to this one that rewinds the schedule of the run."""
+    first, found = 0, None
+    for stage in config.all_stages[: index + 1]:
+        found = first if stage.lr == "rewind" else found
+        first += stage.steps
+    return found

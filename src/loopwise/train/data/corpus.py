@@ -7,10 +7,11 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from loopwise.train.data.build import build, write
 from loopwise.train.data.documents import Documents, Piece, Reading
-from loopwise.train.data.encoding import BYTES, ByteEncoder, encoder
+from loopwise.train.data.encoding import BYTES, encoder
 from loopwise.train.data.shards import INDEX_FILE, VERSION, Shards
 from loopwise.train.data.source import digest
 
@@ -45,16 +46,22 @@ def stdlib_files(folder: Path | None = None) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
-def stdlib_corpus(folder: Path | None = None) -> Shards:
-    """The source text of the Python standard library in byte tokens, about 12 M, one document a file.
+def stdlib_corpus(folder: Path | None = None, *, tokenizer: str = BYTES) -> Shards:
+    """The source text of the Python standard library, about 12 M bytes, one document a file.
 
     It is the same on machines with the same Python release; another release has another fingerprint.
+
+    Args:
+        folder: the library; None is that of this Python.
+        tokenizer: see `encoding.encoder`.
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
-    files = stdlib_files(folder)
-    listed = digest([VERSION, [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]])
-    name = f"{STDLIB}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{listed[:16]}"
-    return kept(name, lambda dst: write(dst, _sources(files), ByteEncoder(), where=str(folder)))
+    files, encoding = stdlib_files(folder), encoder(tokenizer)
+    said: list[Any] = [VERSION, [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]]
+    if tokenizer != BYTES:
+        said.append(encoding.sha256)
+    name = f"{STDLIB}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{digest(said)[:16]}"
+    return kept(name, lambda dst: write(dst, _sources(files), encoding, where=str(folder)))
 
 
 def text_corpus(source: str, *, tokenizer: str = BYTES, reading: Reading | None = None) -> Shards:

@@ -51,7 +51,7 @@ class TextData(WindowsConfig):
     """Text files, tokenised on first use and kept in the cache folder.
 
     Attributes:
-        source: a file or a folder; "stdlib" is the source of the Python standard library (bytes only).
+        source: a file or a folder; "stdlib" is the source of the Python standard library.
         tokenizer: "bytes", a `tokenizer.json`, or any source of `loopwise.load_tokenizer`.
         field: the text in JSON lines or parquet.
         per: what one document of a text file is.
@@ -63,16 +63,10 @@ class TextData(WindowsConfig):
     field: str = "text"
     per: Literal["file", "line", "paragraph"] = "file"
 
-    def __post_init__(self) -> None:
-        """Check that the embedded corpus is read as bytes."""
-        super().__post_init__()
-        if self.source == STDLIB:
-            self.require(self.tokenizer == BYTES, "tokenizer", "must be 'bytes' for source='stdlib'")
-
     def shards(self) -> Shards:
         """The tokenised corpus, made if this is the first use."""
         if self.source == STDLIB:
-            return stdlib_corpus()
+            return stdlib_corpus(tokenizer=self.tokenizer)
         return text_corpus(self.source, tokenizer=self.tokenizer, reading=Reading(field=self.field, per=self.per))
 
 

@@ -1,0 +1,370 @@
+"""Edits of checkpoint folders, streamed: bytes of tensors are copied, no model is loaded.
+
+    read headers and config.json -> plan every tensor and file -> write beside the target -> rename
+
+What is written lies in a hidden folder beside the target until it is whole, and has no config.json until then, so that
+nothing half done can be loaded. A file gets its name when its bytes are on the disk; an edit that was interrupted goes
+on with the files that are missing. Loads neither torch nor transformers for copies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from loopwise.edit import provenance
+from loopwise.edit.layout import Layout, Source, read_source
+from loopwise.edit.maps import DepthEdit
+from loopwise.edit.operators import DepthOperator
+from loopwise.edit.outputs import why_not_zero
+from loopwise.edit.pieces import Piece, odd_layers, pieces_of
+from loopwise.edit.shards import Shard, index_of, shards_of, write_shards
+from loopwise.io.amounts import amount
+from loopwise.io.atomic import write_text
+from loopwise.io.folders import flush_folder
+from loopwise.io.tensors import INDEX, Checkpoint, Tensor, read_checkpoint
+
+Mode = Literal["tie", "materialize"]
+
+_JOB = "job.json"
+_MODEL = "model"
+# Weights, in whatever form, and what belongs to them.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data")
+_REPLACED = ("config.json", INDEX, "pytorch_model.bin.index.json", provenance.FILE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskEdit:
+    """An edit of a folder, planned to the last byte and not yet carried out.
+
+    Attributes:
+        source: the source's configuration.
+        checkpoint: its weights.
+        layout: where its layers are.
+        edit: what becomes of them, as it will be written.
+        operators: texts of the operators.
+        mode: "tie" or "materialize".
+        shards: files to write.
+        config: the new config.json.
+        doubts: why the result should be tried before it is trusted, None for nothing.
+        filled: fields about single layers that transformers was asked for.
+    """
+
+    source: Source
+    checkpoint: Checkpoint
+    layout: Layout
+    edit: DepthEdit
+    operators: tuple[str, ...]
+    mode: str
+    shards: tuple[Shard, ...]
+    config: dict[str, Any]
+    doubts: str | None
+    filled: tuple[str, ...] = ()
+
+    @cached_property
+    def bytes_in(self) -> int:
+        """Bytes of the source's tensors."""
+        return sum(tensor.num_bytes for tensor in self.checkpoint.tensors.values())
+
+    @cached_property
+    def bytes_out(self) -> int:
+        """Bytes of the files to write."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All tensors to write."""
+        return [piece for shard in self.shards for piece in shard.pieces]
+
+    def num_params(self) -> int:
+        """Numbers in all tensors of the source."""
+        return sum(_numbers(tensor) for tensor in self.checkpoint.tensors.values())
+
+    def layer_params(self) -> list[int]:
+        """Numbers in each layer of the source."""
+        counts = [0] * self.layout.num_layers
+        for name, tensor in self.checkpoint.tensors.items():
+            parts = self.layout.split(name)
+            if parts is not None and parts[1] < len(counts):
+                counts[parts[1]] += _numbers(tensor)
+        return counts
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What has to be the same for an interrupted edit to go on."""
+        source = provenance.source_of(self.checkpoint.folder, self.checkpoint)
+        stamps = {name: list(file.stamp) for name, file in self.checkpoint.files.items()}
+        asked = {"operators": list(self.operators), "mode": self.mode}
+        files = {shard.name: shard.num_bytes for shard in self.shards}
+        return {"source": source, "stamps": stamps, "asked": asked, "files": files}
+
+
+def plan_disk_edit(
+    folder: Path | str, operators: Sequence[DepthOperator], *, mode: str | None = None, shard_size: int | None = None
+) -> DiskEdit:
+    """Plan the edit of a folder; nothing is written.
+
+    Args:
+        folder: a transformers folder with safetensors, a looped model, or a decoder of our own.
+        operators: what to do, one after the other.
+        mode: "tie" or "materialize"; None is the last operator's own.
+        shard_size: bytes of tensors per file; 0 for a single file, None as the source has it.
+
+    Raises:
+        ValueError: the folder is damaged or no decoder, an operator refuses it, the configuration cannot express the
+            new layers, or packed weights would have to be changed.
+    """
+    folder = Path(folder)
+    source = read_source(folder)
+    why = source.why_loaded(operators)
+    if why is not None:
+        raise ValueError(f"{folder} cannot be edited as a stream: {why}")
+    checkpoint = read_checkpoint(folder)
+    layout = source.layout(checkpoint)
+    edit, mode = composed(operators, source.plan(layout.num_layers), layout.num_layers, mode)
+    sources = [layer.sources[0] for layer in edit.layers]
+    moves = sources != list(range(layout.num_layers))
+    if source.quantization is not None and not edit.is_copy:
+        raise ValueError(f"{folder} is quantised: its layers can be copied, left out and shared, and nothing else")
+    _refuse_foreign_code(source, edit)
+    filled = source.completed() if moves else []
+    kinds = source.kinds(layout)
+    for layer in edit.layers:
+        differing = next((other for other in layer.sources if kinds[other] != kinds[layer.sources[0]]), None)
+        if differing is not None:
+            raise ValueError(
+                f"layers {layer.sources[0]} and {differing} cannot become one, they are of different kinds"
+            )
+    doubts = source.doubts(moves=moves)
+    if doubts is None and moves and source.quantization is None:
+        doubts = odd_layers(checkpoint, layout, kinds)
+    if doubts is None and any(layer.zero for layer in edit.layers) and not source.is_own:
+        doubts = why_not_zero(source.model_type, source.text)
+    pieces = pieces_of(checkpoint, layout, edit, source.model_type)
+    return DiskEdit(
+        source=source,
+        checkpoint=checkpoint,
+        layout=layout,
+        edit=edit,
+        operators=tuple(operator.text() for operator in operators),
+        mode=mode,
+        shards=tuple(shards_of(pieces, checkpoint, shard_size)),
+        config=source.edited(layout, sources, edit.plan),
+        doubts=doubts,
+        filled=tuple(filled),
+    )
+
+
+def _numbers(tensor: Tensor) -> int:
+    return tensor.num_bytes * 8 // tensor.bits
+
+
+def composed(operators: Sequence[DepthOperator], plan: Any, num_layers: int, mode: str | None) -> tuple[DepthEdit, str]:
+    """Several operators as one edit, and its mode; all but the last are realised in their own."""
+    edit: DepthEdit | None = None
+    for operator in operators:
+        later = operator.edit(plan, num_layers)
+        wanted = mode if operator is operators[-1] and mode else later.default
+        if wanted == "materialize":
+            if later.relaxation is not None:
+                raise ValueError("offsets per visit need the visits of one layer: use mode 'tie'")
+            later = later.unrolled()
+        edit = later if edit is None else edit.then(later)
+        plan, num_layers = edit.plan, len(edit.layers)
+        chosen = "materialize" if wanted == "materialize" else "tie"
+    if edit is None:
+        raise ValueError("no operator is given: name at least one, such as stack(2)")
+    return edit, chosen
+
+
+def _refuse_foreign_code(source: Source, edit: DepthEdit) -> None:
+    own_code = isinstance(source.base.get("auto_map"), dict) and not source.is_wrapper
+    if own_code and edit.plan.num_slots != len(edit.layers):
+        raise ValueError(
+            f"{source.folder} comes with code of its own, which knows no plan: use mode 'materialize' for it"
+        )
+
+
+def carry_out(
+    planned: DiskEdit,
+    target: Path,
+    *,
+    progress: Callable[[int], object] = lambda count: None,
+    check: Callable[[Path], object] | None = None,
+) -> list[str]:
+    """Write the folder, whole or not at all.
+
+    Args:
+        planned: what to write.
+        target: the folder; must not exist, or be empty.
+        progress: told the number of bytes after every part.
+        check: called with the written folder before it gets its name; what it raises keeps it from getting it.
+
+    Returns:
+        Names of files that an interrupted edit had left, which were kept.
+
+    Raises:
+        ValueError: the target is taken, lies in the source or is the source; an interrupted edit of something else is
+            in the way, or the source has changed since; not enough room.
+        OSError: what the system says, such as a full disk.
+    """
+    refuse_target(planned.checkpoint.folder, target)
+    work = work_folder(target)
+    with _locked(work, planned) as model, _leaving_nothing_useless(work):
+        try:
+            _refuse_no_room(planned, model)
+            kept = write_shards(planned.shards, planned.checkpoint, model, progress)
+            changed = planned.checkpoint.changed()
+            if changed is not None:
+                raise ValueError(
+                    f"{changed} of the source has changed while it was read: remove {work} and start again"
+                )
+            index = index_of(planned.shards, planned.checkpoint)
+            if index is not None:
+                write_text(model / INDEX, json.dumps(index, indent=2) + "\n")
+            copy_other_files(planned.checkpoint.folder, model)
+            record = provenance.provenance(
+                provenance.source_of(planned.checkpoint.folder, planned.checkpoint),
+                planned.operators,
+                planned.edit,
+                path="streamed",
+                mode=planned.mode,
+                earlier=provenance.earlier_of(planned.checkpoint.folder),
+            )
+            write_text(model / provenance.FILE, provenance.text_of(record))
+            write_text(model / "config.json", json.dumps(planned.config, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            what = f"{error.strerror or error}: {target} is not written"
+            if any(model.glob("*.safetensors")):
+                what += f"; the same command goes on with what is in {work}"
+            raise OSError(error.errno, what) from error
+        if check is not None:
+            try:
+                check(model)
+            except BaseException:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+        commit(model, target)
+        shutil.rmtree(work)
+    return kept
+
+
+@contextmanager
+def _leaving_nothing_useless(work: Path) -> Iterator[None]:
+    """Remove a folder that is left by an error before a single file in it was whole."""
+    try:
+        yield
+    except BaseException:
+        if not any((work / _MODEL).glob("*.safetensors")):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def refuse_target(source: Path, target: Path) -> None:
+    """ValueError when a target is taken, is the source or lies in it, links followed; or has no place to be."""
+    parent = target.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is not a folder, create it first")
+    real, own = (parent.resolve() / target.name).resolve(), source.resolve()
+    if real == own:
+        raise ValueError(f"{target} is the source itself: name a new folder")
+    if own in real.parents:
+        raise ValueError(f"{target} lies inside the source: name a folder outside of it")
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise ValueError(f"{target} exists: name a new folder")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{parent} cannot be written to")
+
+
+def work_folder(target: Path) -> Path:
+    """Where an edit is written before it is whole: beside the target."""
+    return target.absolute().parent / f".{target.name}.edit"
+
+
+def commit(model: Path, target: Path) -> None:
+    """Give a whole folder its name, so that a crash leaves it or nothing under it."""
+    flush_folder(model)
+    if target.is_dir():
+        target.rmdir()
+    os.rename(model, target)
+    flush_folder(target.absolute().parent)
+
+
+@contextmanager
+def _locked(work: Path, planned: DiskEdit) -> Iterator[Path]:
+    """The folder to fill, held by this process alone; what an interrupted edit has left is there, if it is the same."""
+    model = work / _MODEL
+    wanted = planned.fingerprint()
+    fresh = not work.exists()
+    work.mkdir(exist_ok=True)
+    with open(work / "lock", "w", encoding="utf-8") as lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks there
+            pass
+        except OSError:
+            raise ValueError(f"{work} is being written by another process: wait for it") from None
+        if fresh or not (work / _JOB).exists():
+            if model.exists():
+                raise ValueError(f"{work} is in the way and no interrupted edit: remove it")
+            write_text(work / _JOB, json.dumps(wanted))
+        _refuse_other_job(work, json.loads((work / _JOB).read_text(encoding="utf-8")), wanted)
+        model.mkdir(exist_ok=True)
+        yield model
+
+
+def _refuse_other_job(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if found == wanted:
+        return
+    if found["asked"] != wanted["asked"] or found["source"]["name"] != wanted["source"]["name"]:
+        texts = ", ".join(found["asked"]["operators"])
+        what = f"of {found['source']['name']} with {texts} in mode {found['asked']['mode']}"
+        raise ValueError(f"an interrupted edit {what} is in {work}: finish it, or remove that folder")
+    if found["source"] != wanted["source"] or found["stamps"] != wanted["stamps"]:
+        raise ValueError(f"the source has changed since the interrupted edit in {work}: remove that folder")
+    raise ValueError(f"an interrupted edit with files of other sizes is in {work}: finish it, or remove that folder")
+
+
+def _refuse_no_room(planned: DiskEdit, model: Path) -> None:
+    there = {path.name: path.stat().st_size for path in model.iterdir() if path.is_file()}
+    needed = sum(shard.num_bytes for shard in planned.shards if shard.name not in there)
+    if not hasattr(os, "statvfs"):
+        return
+    disk = os.statvfs(model)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise ValueError(f"{amount(needed, 'B')} are needed beside {model.parent.parent}, {amount(free, 'B')} are free")
+
+
+def copy_other_files(source: Path, model: Path) -> None:
+    """Copy everything that is no weight: tokenizer, generation settings, code that comes with the model."""
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name in _REPLACED or path.name.endswith(_WEIGHTS):
+            continue
+        if path.is_dir():
+            _copy_folder(path, model / path.name)
+        elif path.is_file():
+            _copy_file(path, model / path.name)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    found = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.endswith(_WEIGHTS)]
+    for path in found:
+        place = target / path.relative_to(source)
+        if not any(part.startswith(".") for part in path.relative_to(source).parts):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(path, place)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with open(target, "rb+") as file:
+        os.fsync(file.fileno())

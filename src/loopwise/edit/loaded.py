@@ -1,0 +1,124 @@
+"""Edits of folders that need the model in memory: low-rank offsets, components of loops, width, GGUF files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loopwise.edit import provenance
+from loopwise.edit.disk import commit, copy_other_files, refuse_target, work_folder
+from loopwise.edit.maps import DepthEdit
+from loopwise.edit.operators import DepthOperator, Operator
+from loopwise.io.atomic import write_text
+
+_NO_SHARDS = 1 << 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedEdit:
+    """A model that was loaded and edited, and is to be written.
+
+    Attributes:
+        source: what was loaded.
+        model: the edited model.
+        operators: texts of the operators.
+        edit: as data, None where the operators are not of depth alone or cannot be one edit.
+        mode: what was asked for, "own" for every operator's own.
+    """
+
+    source: Path
+    model: Any
+    operators: tuple[str, ...]
+    edit: DepthEdit | None
+    mode: str
+
+
+def edit_loaded(source: Path | str, operators: Sequence[Operator], *, mode: str | None = None) -> LoadedEdit:
+    """Load a model and edit it in memory.
+
+    Raises:
+        ValueError: the source is no model, or what `apply` refuses.
+    """
+    from loopwise.checkpoints.loading import load
+    from loopwise.edit.apply import apply, plan_edit
+
+    model = load(source)
+    edit = None
+    if all(isinstance(operator, DepthOperator) for operator in operators):
+        try:
+            edit = plan_edit(model, operators)
+        except ValueError:
+            if len(operators) == 1:
+                raise
+        model = apply(model, operators, mode=mode)  # pyright: ignore[reportArgumentType] - checked by the caller
+    else:
+        for operator in operators:
+            wide: Any = operator
+            depth = isinstance(operator, DepthOperator)
+            wanted: Any = mode if operator is operators[-1] else None
+            model = apply(model, operator, mode=wanted) if depth else wide.edit(model).model
+    texts = tuple(one.text() if isinstance(one, DepthOperator) else str(one) for one in operators)
+    return LoadedEdit(source=Path(source), model=model, operators=texts, edit=edit, mode=mode or "own")
+
+
+def write_loaded(
+    edited: LoadedEdit, target: Path, *, shard_size: int | None = None, check: Callable[[Path], object] | None = None
+) -> None:
+    """Write the folder, whole or not at all; arguments and errors as of `disk.carry_out`, without going on later."""
+    from loopwise.models.attach import plan_of
+    from loopwise.models.hub import base_model
+    from loopwise.models.saving import save
+
+    refuse_target(edited.source, target)
+    work = work_folder(target)
+    if work.exists():
+        raise ValueError(f"an interrupted edit is in {work}: finish it, or remove that folder")
+    model = work / "model"
+    try:
+        model.mkdir(parents=True)
+        if edited.source.is_dir():
+            copy_other_files(edited.source, model)
+        if plan_of(edited.model) is not None:
+            save(edited.model, work / "saved")
+        else:
+            base_model(edited.model).save_pretrained(work / "saved", max_shard_size=shard_size or _NO_SHARDS)
+        for path in (work / "saved").iterdir():
+            os.replace(path, model / path.name)
+        if not edited.source.is_dir():
+            _add_tokenizer(edited.source, model)
+        record = provenance.provenance(
+            provenance.source_of(edited.source, None),
+            edited.operators,
+            edited.edit,
+            path="in memory",
+            mode=edited.mode,
+            earlier=provenance.earlier_of(edited.source),
+        )
+        write_text(model / provenance.FILE, provenance.text_of(record))
+        for path in model.iterdir():
+            _flush(path)
+        if check is not None:
+            check(model)
+        commit(model, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _add_tokenizer(source: Path, model: Path) -> None:
+    """The tokenizer inside a GGUF file, where transformers can read it."""
+    from loopwise.models.saving import load_tokenizer
+
+    try:
+        load_tokenizer(source).save_pretrained(model)
+    except ValueError:
+        return
+
+
+def _flush(path: Path) -> None:
+    if path.is_file():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
