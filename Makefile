@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo quickstart tour-model claims test lint types conformance bench clean
+.PHONY: help setup demo quickstart uptrain tour-model claims test lint types conformance bench bench-uptrain clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,6 +31,9 @@ demo: $(STAMPS)/package $(STAMPS)/demo ## loop a real model, then watch a traine
 
 quickstart: $(STAMPS)/package ## train 1 layer, 1 layer looped and 4 layers, and compare them; writes quickstart_out/
 	$(ONE_THREAD) $(PY) examples/quickstart.py --out quickstart_out
+
+uptrain: $(STAMPS)/package $(STAMPS)/demo ## make a real model recursive and heal it a little; writes uptrain_out/
+	$(ONE_THREAD) $(PY) examples/uptrain.py --out uptrain_out
 
 tour-model: $(STAMPS)/package ## train the model of `loopwise tour` again and put it into the package
 	$(ONE_THREAD) $(BIN)/loopwise train tour --out runs/tour
@@ -53,10 +56,13 @@ conformance: $(STAMPS)/package ## re-run the laws over every causal model type a
 	$(ONE_THREAD) $(PY) tests/conformance/run.py --write
 
 bench: $(STAMPS)/package $(STAMPS)/demo ## run the benchmarks; a missed target fails
-	for script in benchmarks/[!_]*.py; do $(PY) $$script || exit 1; done
+	for script in $(filter-out benchmarks/uptrain.py,$(wildcard benchmarks/[!_]*.py)); do $(PY) $$script || exit 1; done
+
+bench-uptrain: $(STAMPS)/package $(STAMPS)/demo ## heal a recursive SmolLM2 beside its controls: over an hour of one core
+	$(ONE_THREAD) $(PY) benchmarks/uptrain.py
 
 clean: ## remove .venv, caches and what the demo wrote
-	rm -rf $(VENV) build dist demo_out quickstart_out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist demo_out quickstart_out uptrain_out .pytest_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(STAMPS)/venv:

@@ -70,7 +70,7 @@ ARMS = {
 }
 
 
-def run_arm(name: str, work: Path, steps: int) -> None:
+def run_arm(name: str, work: Path, steps: int, rows: int = SCORED) -> None:
     """Edit, heal and score one arm; what is there already is not done again."""
     arm, weights = ARMS[name], find_weights()
     folder, out = work / f"{name}-start", work / name
@@ -89,17 +89,17 @@ def run_arm(name: str, work: Path, steps: int) -> None:
         path = work / f"{name}-{which}.json"
         if not path.exists():
             print(f"{name}: scoring {which}", flush=True)
-            write_text(path, json.dumps(score(place, source)) + "\n")
+            write_text(path, json.dumps(score(place, source, rows)) + "\n")
 
 
-def score(place: Path, source: Source) -> dict[str, Any]:
+def score(place: Path, source: Source, rows: int) -> dict[str, Any]:
     """Mean loss of every held-out row, and what the model is."""
     model = loopwise.load(place, dtype="float32")
     if plan_of(model) is None:
         attach(model, Plan.identity(len(layer_list(model).layers)))
     losses = []
     with evaluating(model), torch.autocast("cpu", dtype=torch.bfloat16):
-        for row in range(SCORED):
+        for row in range(rows):
             batch = source.held_out(row, 1)
             logits_TV = predict(model, batch).float()[0]
             losses.append(float(F.cross_entropy(logits_TV, batch.targets_BT[0])))
@@ -174,6 +174,7 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--arm", choices=[*ARMS, "none"], help="carry out one arm (none: only collect); default all")
     options.add_argument("--steps", type=int, default=600, help=f"optimizer steps of {ROWS * LENGTH} tokens")
+    options.add_argument("--rows", type=int, default=SCORED, help=f"held-out rows of {LENGTH} tokens that are scored")
     options.add_argument("--work", type=Path, default=Path("runs/bench-uptrain"), help="where edits and runs go")
     options.add_argument("--out", type=Path, default=RESULTS / "uptrain.json", help="result file")
     given = options.parse_args()
@@ -181,7 +182,7 @@ def main() -> int:
     quiet_libraries()
     given.work.mkdir(parents=True, exist_ok=True)
     for name in ARMS if given.arm is None else () if given.arm == "none" else (given.arm,):
-        run_arm(name, given.work, given.steps)
+        run_arm(name, given.work, given.steps, given.rows)
     missing = [name for name in ARMS if not (given.work / f"{name}-after.json").exists()]
     if missing:
         print(f"still to do: {', '.join(missing)}")

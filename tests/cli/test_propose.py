@@ -10,6 +10,7 @@ import pytest
 
 import loopwise
 from loopwise.cli.propose import read_counts, rows_of
+from loopwise.edit.operators import DepthOperator
 from loopwise.edit.text import parse
 
 Run = Callable[..., tuple[int, str, str]]
@@ -26,7 +27,8 @@ def test_command(run: Run, saved_model: Path, text_file: Path, tmp_path: Path) -
     kinds = [item["kind"] for item in result["proposals"]]
     assert kinds.count("prune") == kinds.count("loop") == 2 and {"tie", "tie_block"} <= {*kinds}
     for item in result["proposals"]:
-        assert parse(item["operator"]).text() == item["operator"]
+        operator = parse(item["operator"])
+        assert isinstance(operator, DepthOperator) and operator.text() == item["operator"]
         assert f"\n{item['operator']}\n" in out
         assert f"{item['loss']['before']:.3f} -> {item['loss']['after']:.3f} nats per token" in out
         assert all(reason in out for reason in item["reason"].split("; "))

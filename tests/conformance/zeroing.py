@@ -40,7 +40,7 @@ def examine(model_type: str) -> dict[str, Any]:
     import tiny
     import torch
 
-    row = {"model_type": model_type, "reason": ""}
+    row: dict[str, Any] = {"model_type": model_type, "reason": ""}
     if model_type in tiny.UNAVAILABLE:
         return row | {"reason": tiny.UNAVAILABLE[model_type]}
     torch.set_num_threads(1)
@@ -109,6 +109,16 @@ def on_disk(model: Any) -> None:
         raise ValueError(f"on disk: {error}") from error
 
 
+def _inner_type(model_type: str) -> str | None:
+    """The type of the decoder inside a type with other parts, where no row has it yet."""
+    import tiny
+
+    if model_type in tiny.UNAVAILABLE:
+        return None
+    inner = tiny.tiny_config(model_type).get_text_config(decoder=True).model_type
+    return None if inner in tiny.MODEL_TYPES else inner
+
+
 def main() -> None:
     """Command line."""
     import tiny
@@ -125,6 +135,7 @@ def main() -> None:
             rows.append({"model_type": model_type, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]})
         print(f"{model_type:28} {rows[-1]['reason'] or 'identity'}", flush=True)
     print(f"layers of {sum(not row['reason'] for row in rows)} of {len(rows)} model types can be the identity")
+    rows += [row | {"model_type": inner} for row in rows for inner in [_inner_type(row["model_type"])] if inner]
     if options.write:
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -284,7 +284,7 @@ def test_zeroed_layers_of_our_own_decoder_are_the_identity():
     assert not new.model.layers[5].mixer_norm_out.bias.any(), "the norm behind a branch has a bias"
     for placement in ("post", "stream"):
         stack = decoder([block(placement)] * 2, plan="0-1")
-        with pytest.raises(ValueError, match=f"placement '{placement}' norms the state itself"):
+        with pytest.raises(ValueError, match=f"placement '{placement}' norms the stream itself"):
             apply(stack, "llama_pro(every=1)")
 
 
@@ -324,9 +324,8 @@ def test_a_model_with_bare_loop_names_unties():
 
 
 def with_adapters():
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
 
 
 def quantised():
@@ -419,3 +418,40 @@ def test_layers_of_a_list_with_other_tensors_are_named():
     ):
         apply(model, "recursive(2, init=average)")
     assert len(layer_list(apply(model, "prune([0])")).layers) == 5
+
+
+def test_sharded_models_are_refused():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_model("llama")
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        norm = model.model.norm
+        norm.weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(norm.weight.detach(), mesh))
+        with pytest.raises(ValueError, match="this model is sharded: gather it"):
+            apply(model, "double")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_offsets_of_our_own_decoder_go_into_the_layers_of_their_visits():
+    model = own()
+    add_relaxation(model, 2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "relaxation" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    ids_BT = ids_of(model)
+    assert not torch.allclose(decoders.logits(model, ids_BT), decoders.logits(own(), ids_BT), atol=1e-2)
+    untied = apply(model, "untie")
+    assert untied.config.relaxation is None and untied.config.num_hidden_layers == 6
+    torch.testing.assert_close(decoders.logits(untied, ids_BT), decoders.logits(model, ids_BT), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="offsets per visit"):
+        apply(model, "prune([3])")
+
+
+def test_a_layer_without_visits_keeps_its_tensors():
+    model = loopwise.attach(tiny_model("llama"), "0 2")
+    tied = realise(model, plan_edit(model, "repeat(0, 1)"), mode="tie")
+    assert len(layer_list(tied).layers) == 6 and str(loopwise.plan_of(tied)) == "(0)x2 2"
+    assert torch.equal(tied.model.layers[5].mlp.up_proj.weight, model.model.layers[5].mlp.up_proj.weight)

@@ -96,11 +96,10 @@ def test_texts_are_read_back(name: str) -> None:
     given = {
         "grad_stack": "2", "midas": "2", "lidas": "2", "solar": "1", "llama_pro": "2", "repeat": "0, 2",
         "order": "[0, 1, 0]", "prune": "[1]", "tie": '"(0-1)x2"', "recursive": "2", "retrofit": "1, 2, 1",
-        "rys": '"0,1"',
+        "rys": '"0,1"', "widen": "mlp=96", "upcycle": "4",
     }  # fmt: skip
     operator = parse(f"{name}({given.get(name, '')})")
-    if isinstance(operator, DepthOperator):
-        assert parse(operator.text()) == operator
+    assert parse(operator.text()) == operator
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def model_of(model_type):
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.is_floating_point() and "inv_freq" not in name:
-                tensor.add_(0.2 * torch.randn(tensor.shape))
+                tensor.add_(0.1 * torch.randn(tensor.shape))
     return model
 
 

@@ -13,6 +13,7 @@ from tiny import tiny_inputs, tiny_model
 import loopwise
 from loopwise.loop.compose import CAPABILITIES, matrix
 from loopwise.loop.halting import HazardHalting
+from loopwise.models.relaxation import add_relaxation, relaxation_of
 from loopwise.train.parallel import count_collectives, finish_backward, shard
 from tests.train.ranks import on_ranks
 
@@ -98,11 +99,10 @@ def routed_prompt(batch=1):
     return torch.cat([ids_BT, ids_BT], dim=1)
 
 
-def loop_and_routing():
-    """A loop with routers equals layers of their own, copied, that go through the same routers."""
-    model, ids_BT = routed(), routed_prompt(2)
+def unrolled_routed(model):
+    """Layers of their own, copied, that go through the same routers."""
     config = copy.deepcopy(model.config)
-    config.num_hidden_layers, config.plan = 5, "0 r0:(1)x1 r1:(2)x1 r2:(3)x1 4"
+    config.num_hidden_layers, config.plan, config.relaxation = 5, "0 r0:(1)x1 r1:(2)x1 r2:(3)x1 4", None
     config.loops = {"r0": config.loops["core"], "r1": {"follows": "r0"}, "r2": {"follows": "r0"}}
     plain = type(model)(config).eval()
     theirs = model.state_dict()
@@ -115,6 +115,13 @@ def loop_and_routing():
         return ".".join(parts)
 
     plain.load_state_dict({name: theirs[source(name)] for name in plain.state_dict()})
+    return plain
+
+
+def loop_and_routing():
+    """A loop with routers equals layers of their own, copied, that go through the same routers."""
+    model, ids_BT = routed(), routed_prompt(2)
+    plain = unrolled_routed(model)
     for select in ("top", "threshold"):
         assert torch.equal(model(ids_BT, select=select).logits, plain(ids_BT, select=select).logits)
         shallow = model(ids_BT, select=select, loops=1, output_loops=True)
@@ -260,6 +267,95 @@ def speculation_and_sharding():
     assert on_ranks(sharded_drafts) == [[True, True]] * 2
 
 
+def filled(model):
+    """Offsets per visit that differ, where fresh ones are zero."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if ".relaxation." in name:
+            parameter.data.normal_(std=0.05, generator=generator)
+    return model
+
+
+def relaxed():
+    return filled(add_relaxation(looped(), 2))
+
+
+def relaxed_halting():
+    return filled(add_relaxation(halting(), 2))
+
+
+def relaxed_routed():
+    return filled(add_relaxation(routed(), 2))
+
+
+def loop_and_delta():
+    """A visit computes with the tensors of its unrolled layer, at full and at smaller depth."""
+    model, ids_BT = relaxed(), prompt(2)
+    for plan in (PLAN, "0 core:(1-4)x1 5"):
+        plain = loopwise.materialize(model, loopwise.Plan.parse(plan))
+        counts = loopwise.Plan.parse(plan).counts
+        torch.testing.assert_close(model(ids_BT, loops=counts).logits, plain(ids_BT).logits, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(model(ids_BT).logits, looped()(ids_BT).logits)
+
+
+def delta_and_halting():
+    """A gate that never fires leaves all visits, one that always fires the first; others have exact caches."""
+    model, ids_BT = relaxed_halting(), halting_prompt(2)
+    never, always = ({"halting": HazardHalting(threshold=q), "on_exit": "skip"} for q in (1.0, 0.0))
+    assert torch.equal(model(ids_BT, use_cache=False, **never).logits, model(ids_BT, use_cache=False).logits)
+    assert torch.equal(model(ids_BT, use_cache=False, **always).logits, model(ids_BT, use_cache=False, loops=1).logits)
+    assert not torch.equal(model(ids_BT, **HALT).logits, halting()(ids_BT, **HALT).logits)
+    tokens = [generate(model, ids_BT, use_cache=flag, **HALT, **GREEDY) for flag in (True, False)]
+    assert torch.equal(*tokens)
+
+
+def delta_and_routing():
+    """Tokens that a router chooses meet the offsets of their visit: layers of their own with these agree."""
+    model, ids_BT = relaxed_routed(), routed_prompt(2)
+    plain, relaxation = unrolled_routed(model), relaxation_of(model.model.layers[1])
+    before = plain(ids_BT, select="top").logits
+    for visit in range(3):
+        tensors = plain.model.layers[1 + visit].state_dict()
+        for name in relaxation.names:
+            tensors[name].copy_(relaxation.of(name).applied(tensors[name], visit))
+    for select in ("top", "threshold"):
+        want = plain(ids_BT, select=select).logits
+        torch.testing.assert_close(model(ids_BT, select=select).logits, want, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(want, before, atol=1e-3)
+    assert torch.equal(*(generate(model, ids_BT, use_cache=flag, **GREEDY) for flag in (True, False)))
+
+
+def delta_and_sampler():
+    model, ids_BT = relaxed(), prompt(2)
+    plain = loopwise.materialize(model)
+    for options in (SAMPLED, GREEDY | {"num_beams": 3}):
+        assert torch.equal(generate(model, ids_BT, **options), generate(plain, ids_BT, **options))
+
+
+def delta_and_speculation():
+    model, ids_BT = relaxed(), prompt()
+    want = generate(model, ids_BT, **GREEDY)
+    assert torch.equal(generate(model, ids_BT, **LOOKUP), want)
+    assistant = loopwise.set_loops(relaxed(), core=1)
+    assert torch.equal(generate(model, ids_BT, assistant_model=assistant, **GREEDY), want)
+
+
+def delta_and_adapters():
+    """An adapter adds to the shared layer what it adds without offsets; merged, all is as before."""
+    model, ids_BT = with_adapters(relaxed()), prompt(2)
+    after = model(ids_BT).logits
+    with model.disable_adapter():
+        assert torch.equal(model(ids_BT).logits, relaxed()(ids_BT).logits)
+    merged = model.merge_and_unload()
+    near = {"atol": 1e-5 * after.abs().max().item(), "rtol": 0.0}
+    torch.testing.assert_close(merged(ids_BT).logits, after, **near)
+    torch.testing.assert_close(loopwise.materialize(merged)(ids_BT).logits, after, **near)
+
+
+def delta_and_sharding():
+    assert on_ranks(sharded_training, relaxed, prompt, {}) == [4, 4]
+
+
 def test_halting_with_routing_is_refused_by_name():
     model, ids_BT = routed(), routed_prompt()
     with pytest.raises(ValueError, match="halting|gate|rout"):
@@ -267,6 +363,13 @@ def test_halting_with_routing_is_refused_by_name():
 
 
 LAWS = {
+    ("loop", "tie + delta"): loop_and_delta,
+    ("tie + delta", "halting"): delta_and_halting,
+    ("tie + delta", "routing"): delta_and_routing,
+    ("tie + delta", "sampler"): delta_and_sampler,
+    ("tie + delta", "speculation"): delta_and_speculation,
+    ("tie + delta", "adapters"): delta_and_adapters,
+    ("tie + delta", "sharding"): delta_and_sharding,
     ("loop", "halting"): loop_and_halting,
     ("halting", "sampler"): halting_and_sampler,
     ("halting", "speculation"): halting_and_speculation,

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loopwise
 from loopwise.measure import cost_of, realised_depth
+from loopwise.models.loop_parts import add_loops
+from loopwise.models.relaxation import add_relaxation
 from loopwise.plan import Plan
 
 TOKENS = 8
@@ -289,3 +291,37 @@ def test_adapters_are_counted_with_what_they_wrap(llama: nn.Module) -> None:
     assert cost.parameters_unique - plain.parameters_unique == 6 * added
     assert cost.forward_flops_per_token - plain.forward_flops_per_token == 6 * 2 * added
     assert cost.cache_bytes_per_token == plain.cache_bytes_per_token
+
+
+def test_offsets_per_visit_cost_their_factors(llama: nn.Module) -> None:
+    loopwise.attach(llama, LOOP)
+    without = cost_of(llama, context=TOKENS)
+    add_relaxation(llama, 3)
+    cost = cost_of(llama, context=TOKENS)
+    counter = FlopCounterMode(display=False)
+    ids = tiny_inputs(llama, batch=1, length=TOKENS)
+    with counter, torch.no_grad():
+        llama(ids, use_cache=False)
+    assert counter.get_total_flops() == TOKENS * cost.forward_flops_per_token > TOKENS * without.forward_flops_per_token
+    assert cost.parameters_unrolled == without.parameters_unrolled and cost.left_out == without.left_out
+    offsets = sum(p.numel() for name, p in llama.named_parameters() if ".relaxation." in name)
+    assert cost.parameters_unique == without.parameters_unique + offsets
+
+
+def test_offsets_of_experts_cost_those_that_a_token_visits() -> None:
+    model = loopwise.attach(tiny_model("mixtral"), LOOP)
+    without = cost_of(model)
+    add_relaxation(model, 1)
+    shapes = {name: p.shape for name, p in model.model.layers[1].named_parameters() if "relaxation" not in name}
+    sizes = [sum(shape[-2:]) * (2 if len(shape) == 3 else 1) for shape in shapes.values() if len(shape) > 1]
+    got = cost_of(model).layers[1].matmul_flops - without.layers[1].matmul_flops
+    assert got == 2 * sum(sizes)  # of 4 experts a token visits 2
+
+
+@pytest.mark.parametrize("plan", [LOOP, "0 core:(1-2)x1 3-5"])
+def test_an_adapter_of_a_loop_costs_every_iteration(llama: nn.Module, plan: str) -> None:
+    add_loops(loopwise.attach(llama, plan), {"core": {"update": {"kind": "update.concat"}}})
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        llama(tiny_inputs(llama, batch=1, length=TOKENS), use_cache=False)
+    assert counter.get_total_flops() == TOKENS * cost_of(llama, context=TOKENS).forward_flops_per_token

@@ -47,8 +47,8 @@ class Edit:
 
     def run(self) -> None:
         """Plan, then print or write."""
-        from loopwise.edit.disk import refuse_target
         from loopwise.edit.text import parse
+        from loopwise.edit.workplace import refuse_target
 
         if not self.op:
             raise ValueError("--op is missing: name at least one operator, such as --op 'stack(2)'")
@@ -98,11 +98,13 @@ class Edit:
                 print(explain(edited.edit, title=", ".join(edited.operators), mode=self.mode))
             return
         lines: list[str] = []
-        if self.verify and edited.edit is None:
+        if self.verify and edited.edit is None and not edited.keeps_function:
             raise ValueError("--verify knows no law for these operators together: run them one by one")
-        write_loaded(edited, self.dst, shard_size=size, check=self._check(edited.edit, lines) if self.verify else None)
+        check = self._check(edited.edit, lines) if self.verify else None
+        write_loaded(edited, self.dst, shard_size=size, check=check)
+        promise = edited.edit.promise if edited.edit else "tolerance" if edited.keeps_function else "none"
         print(f"wrote {self.dst} ({common.size_of(self.dst)}, edited in memory: {why})")
-        print("\n".join(lines or [promise_text(edited.edit.promise if edited.edit else "none")]))
+        print("\n".join(lines or [promise_text(promise)]))
 
     def _check(self, edit: Any, lines: list[str]) -> Callable[[Path], None]:
         def check(folder: Path) -> None:
@@ -112,7 +114,7 @@ class Edit:
             result = verify(self.source, folder, edit)
             if not result.holds:
                 raise ValueError(f"{result}; nothing was written")
-            lines.append(f"verified: {result}")
+            lines.append(f"verified: {result}" if result.bound is not None else f"measured: {result}")
 
         return check
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import sys
 import time
@@ -19,6 +18,7 @@ from loopwise.cli import common
 if TYPE_CHECKING:
     from loopwise.measure.propose import Progress, Proposal, Proposals
     from loopwise.measure.similarity import Cosines
+    from loopwise.plots.heatmap import Heatmap, LayerBars
 
 Counts = Annotated[str | None, arg(metavar="COUNTS")]
 # A token has at least one byte, and few have more than this many characters: what need not be tokenised.
@@ -84,8 +84,7 @@ class Propose(common.Source):
             head |= {"rows": {"choose": len(choose), "report": len(report)}}
             _write(self.json, {**head, **found.to_json(), "versions": common.versions()})
         if self.png:
-            name = Path(self.source).name
-            common.write_whole(self.png, lambda temporary: _draw(found, temporary, name))
+            common.write_whole(self.png, lambda temporary: _draw(found, temporary, Path(self.source).name))
 
 
 def read_counts(name: str, text: str | None) -> tuple[int, ...] | None:
@@ -185,13 +184,18 @@ def _lines(proposal: Proposal) -> list[str]:
     ]
 
 
-def _draw(found: Proposals, path: Path, name: str) -> None:
+def _draw(found: Proposals, path: Path, title: str) -> None:
+    from loopwise.plots.heatmap import draw_heatmaps
+
+    draw_heatmaps([*_state_panels(found), *_weight_panels(found)], path, title=title)
+
+
+def _state_panels(found: Proposals) -> list[Heatmap | LayerBars]:
     from loopwise.measure.candidates import described, middle
-    from loopwise.plots.heatmap import Heatmap, LayerBars, draw_heatmaps
+    from loopwise.plots.heatmap import Heatmap, LayerBars
 
     split, num_layers = found.influence.split(), len(found.influence.layers)
-    groups = found.weights.groups
-    panels = [
+    return [
         Heatmap(
             values=found.influence.grid(),
             title="Angular distance over a block, last tokens",
@@ -219,30 +223,38 @@ def _draw(found: Proposals, path: Path, name: str) -> None:
             has_diagonal=False,
         ),
     ]
-    if groups:
-        # Of the matrices the one whose neighbours are the farthest from chance: a mean over groups hides it.
-        cosines = {group.name.removesuffix(".weight"): group.compare() for group in groups}
-        matrices = {name: cosines[name] for name, group in zip(cosines, groups, strict=True) if group.is_matrix}
-        name, shown = max((matrices or cosines).items(), key=lambda item: abs(_deviations(item[1], 1)))
-        panels += [
-            Heatmap(values=shown.cosine, title=f"Weights: {name}, the farthest from chance", has_diagonal=False),
-            Heatmap(
-                values=[[_deviations(item, k) for k in range(1, num_layers)] for item in cosines.values()],
-                title="Weights at distance k: above chance",
-                x_label="distance k",
-                y_label="",
-                unit=f"standard deviations (to {FAR})",
-                first_x=1,
-                low=-FAR,
-                high=FAR,
-                rows=tuple(cosines),
-            ),
-        ]
-    draw_heatmaps(panels, path, title=name)
+
+
+def _weight_panels(found: Proposals) -> list[Heatmap]:
+    import numpy as np
+
+    from loopwise.plots.heatmap import Heatmap
+
+    groups = found.weights.groups
+    if not groups:
+        return []
+    cosines = {group.name.removesuffix(".weight"): group.compare() for group in groups}
+    # Of the matrices the one whose neighbours are the farthest from chance: a mean over groups hides it.
+    matrices = {name: cosines[name] for name, group in zip(cosines, groups, strict=True) if group.is_matrix}
+    name, shown = max((matrices or cosines).items(), key=lambda item: np.nan_to_num(abs(_deviations(item[1], 1))))
+    lags = range(1, found.weights.num_layers)
+    return [
+        Heatmap(values=shown.cosine, title=f"Weights: {name}, the farthest from chance", has_diagonal=False),
+        Heatmap(
+            values=[[_deviations(item, k) for k in lags] for item in cosines.values()],
+            title="Weights at distance k: above chance",
+            x_label="distance k",
+            y_label="",
+            unit=f"standard deviations (to {FAR})",
+            first_x=1,
+            low=-FAR,
+            high=FAR,
+            rows=tuple(cosines),
+        ),
+    ]
 
 
 def _deviations(cosines: Cosines, k: int) -> float:
-    """How far R(k) is above chance, in standard deviations; 0 where that is no number."""
+    """How far R(k) is above chance, in standard deviations; NaN without a pair, 0 for constants."""
     mean, std = cosines.chance_at(k)
-    value = (cosines.lag(k) - mean) / std if std > 0 else 0.0
-    return value if math.isfinite(value) else 0.0
+    return (cosines.lag(k) - mean) / std if std else 0.0

@@ -174,11 +174,10 @@ def _rebuilt_decoder(base: Any, edit: DepthEdit) -> nn.Module:
     """The new model, from a decoder of our own: its layers do not know their number, and say what they are."""
     blocks = base.config.block_configs()
     for layer in edit.layers:
-        placement = blocks[layer.sources[0]].placement
-        if layer.zero and placement in ("post", "stream"):
-            raise ValueError(
-                f"layer {layer.sources[0]} cannot start as the identity: placement {placement!r} norms the state itself"
-            )
+        told = {"blocks": [blocks[layer.sources[0]].to_dict()]}
+        reason = why_not_zero("loopwise_decoder", told) if layer.zero else None
+        if reason is not None:
+            raise ValueError(f"layer {layer.sources[0]} cannot start as the identity: {reason}")
     new = rebuild(base, [layer.sources[0] for layer in edit.layers], edit.plan, loops=dict(edit.loops))
     cast(Looping, looping_of(new)).recompute = cast(Looping, looping_of(base)).recompute
     _fill(base, new, edit)

@@ -65,7 +65,7 @@ Axes = dict[str, tuple[Axis | None, ...]]
 def sizes_of(model: nn.Module) -> dict[str, int]:
     """The sizes of a model by dimension, those that its configuration has.
 
-    For our own decoder, the sizes that all its blocks share. `kv_heads` is missing where the type has no such field.
+    For our own decoder, the largest among its blocks. `kv_heads` is missing where the type has no such field.
     """
     base = base_model(model)
     if has_own_plan(base):
@@ -168,7 +168,7 @@ def find_axes(model: nn.Module, dimensions: Collection[str]) -> Axes:
         else:
             note(dimension, twice(dimension), before)
     modules = dict(base.named_modules())
-    layers = LayerNames(base)
+    layers, every = LayerNames(base), layer_sizes(base)
     axes: Axes = {}
     for name, shape in before.items():
         reads = _read_axis(modules[name.rpartition(".")[0]], name, len(shape))
@@ -179,7 +179,7 @@ def find_axes(model: nn.Module, dimensions: Collection[str]) -> Axes:
             if counted is None:
                 found.append(None)
                 continue
-            units = old if inside is None else old | layer_sizes(base, inside[1])
+            units = old | every[inside[1]] if inside is not None and every else old
             parts = _parts(name, size, counted, units)
             does_read = axis == reads if reads >= 0 else _expert_reads(name, counted)
             found.append(Axis(parts=parts, reads=does_read))
@@ -281,20 +281,22 @@ def _is_none(values: Mapping[str, Any], names: Mapping[str, str], dimension: str
 
 def _own_sizes(base: Any) -> dict[str, int]:
     found = {"hidden": base.config.hidden_size}
-    every = [layer_sizes(base, layer) for layer in range(base.config.num_hidden_layers)]
-    return found | {name: every[0][name] for name in every[0] if all(name in sizes for sizes in every)}
+    every = layer_sizes(base)
+    return found | {
+        name: max(sizes[name] for sizes in every) for name in every[0] if all(name in sizes for sizes in every)
+    }
 
 
-def layer_sizes(base: Any, layer: int) -> dict[str, int]:
-    """The sizes of one block of our own decoder; types of transformers have the same in all."""
-    if not has_own_plan(base):
-        return {}
-    block: Any = base.config.block_configs()[layer]
-    found = {"mlp": block.mlp.intermediate_size}
-    if hasattr(block.mixer, "num_heads"):
-        heads = block.mixer.num_heads
-        found |= {"heads": heads, "kv_heads": block.mixer.num_kv_heads or heads}
-        found["head_dim"] = block.mixer.head_dim or block.hidden_size // heads
+def layer_sizes(base: Any) -> list[dict[str, int]]:
+    """The sizes of every block of our own decoder; empty for types of transformers, whose layers are alike."""
+    found: list[dict[str, int]] = []
+    for block in base.config.block_configs() if has_own_plan(base) else ():
+        sizes = {"mlp": block.mlp.intermediate_size}
+        if hasattr(block.mixer, "num_heads"):
+            heads = block.mixer.num_heads
+            sizes |= {"heads": heads, "kv_heads": block.mixer.num_kv_heads or heads}
+            sizes["head_dim"] = block.mixer.head_dim or block.hidden_size // heads
+        found.append(sizes)
     return found
 
 
@@ -302,9 +304,8 @@ def _own_resized(base: Any, sizes: Mapping[str, int]) -> Any:
     values = base.config.to_dict()
     hidden = sizes.get("hidden", base.config.hidden_size)
     values["hidden_size"] = hidden
-    blocks = []
-    for layer, block in enumerate(values["blocks"]):
-        old = layer_sizes(base, layer)
+    every, blocks = layer_sizes(base), []
+    for block, old in zip(values["blocks"], every, strict=False):  # one block may stand for all
         missing = [name for name in sizes if name not in (*old, "hidden")]
         if missing:
             raise ValueError(f"{type(base).__name__} has no size {missing[0]!r}")
@@ -316,6 +317,6 @@ def _own_resized(base: Any, sizes: Mapping[str, int]) -> Any:
         blocks.append(block)
     values["blocks"] = blocks
     for layer, width in (values.get("value_embeddings") or {}).items():
-        own = layer_sizes(base, int(layer))
+        own = every[int(layer)]
         values["value_embeddings"][layer] = width * (own | dict(sizes))["kv_heads"] // own["kv_heads"]
     return type(base.config).from_dict(values)

@@ -14,9 +14,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
 
 from loopwise.edit.axes import Axis
 
@@ -111,7 +111,9 @@ class WidthSource:
         return moved[0], moved[1]
 
     def _gathered(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        found = torch.cat([tensors[name] for name in self.names])
+        found = tensors[self.names[0]]
+        if len(self.names) > 1:
+            found = torch.cat([tensors[name] for name in self.names])
         return found.detach()[None] if self.stacked else found.detach()
 
     def _filled(
@@ -145,7 +147,7 @@ class WidthEdit:
         error: the largest difference of logits on a few tokens, over the largest logit.
     """
 
-    model: nn.Module
+    model: Any
     sources: Mapping[str, WidthSource] = field(repr=False)
     error: float = 0.0
 
@@ -222,8 +224,10 @@ def group_heads(
             chosen = row.expand(len(copies), -1)
         index[copies] = old * old_size + chosen
     flat = index.flatten()
-    within = shares(flat, split, random)
-    weight = within.view_as(index) * (groups.share[:, None] if new_size >= old_size else 1.0)
+    if new_size >= old_size:
+        weight = torch.stack([shares(row, split, random) for row in index]) * groups.share[:, None]
+    else:
+        weight = shares(flat, split, random)
     total = torch.zeros(heads[0], dtype=torch.float64).index_add(0, flat, weight.flatten())
     share = weight.flatten() / total[flat]
     by_group = share.view_as(index).sum(1) / old_size
@@ -270,13 +274,17 @@ def _exact_sums(
     value: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Let the copies of a column add up to what their shares say after rounding too: one takes what the others lose."""
+    """Let the copies of a column add up to what their shares say after rounding too.
+
+    The copy with the smallest share takes what the others lose: with two copies the rest is a number of that precision.
+    """
     if dtype in (torch.float32, torch.float64):
         return wide
-    index, total = index.to(wide.device), torch.zeros_like(narrow)
-    wanted = torch.zeros(narrow.shape[axis], dtype=torch.float64).index_add(0, index.cpu(), value.cpu())
-    total.index_add_(axis, index, wide.to(dtype).to(wide.dtype))
-    lost = _along(narrow, axis, torch.arange(len(wanted)), wanted) - total
-    first = torch.full([len(wanted)], len(index)).scatter_reduce(0, index.cpu(), torch.arange(len(index)), "amin")
+    index, places, units = index.cpu(), torch.arange(len(index)), narrow.shape[axis]
+    wanted = torch.zeros(units, dtype=torch.float64).index_add(0, index, value)
+    least = torch.full([units], float("inf"), dtype=torch.float64).scatter_reduce(0, index, value, "amin")
+    is_least = torch.where(value == least[index], places, len(places))
+    taker = torch.full([units], len(places)).scatter_reduce(0, index, is_least, "amin").to(wide.device)
     wide = wide.to(dtype).to(wide.dtype)
-    return wide.index_add(axis, first.to(wide.device), lost)
+    total = torch.zeros_like(narrow).index_add_(axis, index.to(wide.device), wide)
+    return wide.index_add(axis, taker, _along(narrow, axis, torch.arange(units), wanted) - total)

@@ -210,7 +210,7 @@ class Source:
         part |= expand_values(part, sources, layout.num_layers, layout.num_extra)
         if not any(type(part.get(key)) is int for key in COUNTS) and "layers_block_type" not in part:
             part["num_hidden_layers"] = len(sources)
-        for values in (base, part):
+        for values in (base, part) if self.path else (base,):
             for key in _QUANTIZATION:
                 if isinstance(values.get(key), dict):
                     values[key] = _renumbered(values[key], layout, sources)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from loopwise.edit import provenance
-from loopwise.edit.disk import commit, copy_other_files, refuse_target, work_folder
 from loopwise.edit.maps import DepthEdit
 from loopwise.edit.operators import DepthOperator, Operator
+from loopwise.edit.workplace import commit, copy_other_files, refuse_target, work_folder
 from loopwise.io.atomic import write_text
 
 _NO_SHARDS = 1 << 60
@@ -28,6 +28,7 @@ class LoadedEdit:
         operators: texts of the operators.
         edit: as data, None where the operators are not of depth alone or cannot be one edit.
         mode: what was asked for, "own" for every operator's own.
+        keeps_function: whether all operators are of width, which keep the function.
     """
 
     source: Path
@@ -35,6 +36,7 @@ class LoadedEdit:
     operators: tuple[str, ...]
     edit: DepthEdit | None
     mode: str
+    keeps_function: bool = False
 
 
 def edit_loaded(source: Path | str, operators: Sequence[Operator], *, mode: str | None = None) -> LoadedEdit:
@@ -45,6 +47,7 @@ def edit_loaded(source: Path | str, operators: Sequence[Operator], *, mode: str 
     """
     from loopwise.checkpoints.loading import load
     from loopwise.edit.apply import apply, plan_edit
+    from loopwise.edit.width import WidthOperator
 
     model = load(source)
     edit = None
@@ -62,7 +65,10 @@ def edit_loaded(source: Path | str, operators: Sequence[Operator], *, mode: str 
             wanted: Any = mode if operator is operators[-1] else None
             model = apply(model, operator, mode=wanted) if depth else wide.edit(model).model
     texts = tuple(one.text() if isinstance(one, DepthOperator) else str(one) for one in operators)
-    return LoadedEdit(source=Path(source), model=model, operators=texts, edit=edit, mode=mode or "own")
+    keeps = all(isinstance(operator, WidthOperator) for operator in operators)
+    return LoadedEdit(
+        source=Path(source), model=model, operators=texts, edit=edit, mode=mode or "own", keeps_function=keeps
+    )
 
 
 def write_loaded(

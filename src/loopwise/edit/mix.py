@@ -215,7 +215,7 @@ class LearnedMix(nn.Module):
         ):
             rows = self.width[self._width_key(name, part)]
             units = piece.unflatten(number, (part.units, part.block))
-            extra = torch.tensordot(rows.to(units.dtype), units, dims=([1], [number])).movedim(0, number)
+            extra = torch.tensordot(rows.to(units.dtype), units.movedim(number, 0), dims=1).movedim(0, number)
             pieces.append(torch.cat([units, extra], number).flatten(number, number + 1))
         return torch.cat(pieces, number)
 

@@ -20,6 +20,12 @@ class Operator(Component):
 
     kind: ClassVar[str | None] = None
 
+    def text(self) -> str:
+        """The operator as `text.parse` reads it."""
+        given = [(item, getattr(self, item.name)) for item in fields(self)]
+        shown = [f"{item.name}={_shown(value)}" for item, value in given if value != item.default]
+        return f"{(self.kind or '').removeprefix('edit.')}({', '.join(shown)})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DepthOperator(Operator):
@@ -33,12 +39,6 @@ class DepthOperator(Operator):
                 the operator needs none.
         """
         raise NotImplementedError
-
-    def text(self) -> str:
-        """The operator as `text.parse` reads it."""
-        given = [(item, getattr(self, item.name)) for item in fields(self)]
-        shown = [f"{item.name}={_shown(value)}" for item, value in given if value != item.default]
-        return f"{(self.kind or '').removeprefix('edit.')}({', '.join(shown)})"
 
 
 @dataclass(frozen=True, kw_only=True)

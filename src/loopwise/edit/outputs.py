@@ -35,6 +35,7 @@ _MORE = {"jetmoe": r"(mlp|self_attention\.experts)\.bias"}
 # Norms behind a branch, of our own decoder.
 _NORM_BIAS = re.compile(r"^(mixer|mlp)_norm_out\.bias$")
 _OWN = ("loopwise_decoder", "loopwise_puzzle", "loopwise_regression", "loopwise_encoder")
+_STREAM_PLACEMENTS = ("post", "stream")
 # Settings under which a type is not what the table was made for: the value that is refused.
 _STREAM_NORMS = (
     ("do_layer_norm_before", False),
@@ -67,6 +68,10 @@ def why_not_zero(model_type: str, values: Mapping[str, Any] | None = None) -> st
         model_type: of the configuration of the decoder.
         values: that configuration, where there is one to look at: some types have settings that norm the stream.
     """
+    if model_type in _OWN:
+        placements = {block.get("placement", "pre") for block in (values or {}).get("blocks") or ()}
+        stream = sorted(placements & set(_STREAM_PLACEMENTS))
+        return f"placement {stream[0]!r} norms the stream itself" if stream else None
     row = table().get(model_type)
     if row is None:
         return f"model type {model_type!r} was not tried"

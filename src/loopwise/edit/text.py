@@ -11,7 +11,7 @@ from loopwise.edit.operators import Operator
 from loopwise.loop.config import suggest
 
 # Imported on the first look-up, so that every operator is known.
-_HOMES = ("operators", "surgery", "importers")
+_HOMES = ("operators", "surgery", "importers", "width")
 
 
 def operators() -> dict[str, type[Operator]]:

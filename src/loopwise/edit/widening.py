@@ -13,7 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from loopwise.edit.axes import Axes, derives_head_size, find_axes, fitting_heads, layer_sizes, resized, sizes_of
+from loopwise.edit.axes import (
+    Axes,
+    derives_head_size,
+    find_axes,
+    fitting_heads,
+    layer_sizes,
+    resized,
+    saved_tensors,
+    sizes_of,
+)
 from loopwise.edit.expand import FRESH, UnitMap, WidthEdit, WidthSource, group_heads, replicate, shares, spread
 from loopwise.edit.expand import generator as numbers
 from loopwise.edit.norms import NormForm, branch_norms, is_norm, norm_form
@@ -42,8 +51,7 @@ def widen_edit(model: nn.Module, operator: Widen) -> WidthEdit:
     base = base_model(model)
     old = sizes_of(base)
     new = _new_sizes(base, operator, old)
-    grown = [name for name in new if new[name] != old.get(name) or name == "kv_heads"]
-    axes = find_axes(base, grown)
+    axes = find_axes(base, list(new))
     maps = _Maps(base, operator, old, new)
     config = resized(base, new | fitting_heads(base, old, new))
     twin = build_twin(model, config)
@@ -63,8 +71,9 @@ def widen_edit(model: nn.Module, operator: Widen) -> WidthEdit:
 class _Maps:
     """The unit maps of every layer, drawn once."""
 
-    def __init__(self, base: nn.Module, operator: WidthOperator, old: Mapping[str, int], new: Mapping[str, int]):
-        self.base, self.operator, self.old, self.new = base, operator, old, new
+    def __init__(self, base: nn.Module, operator: Widen, old: Mapping[str, int], new: Mapping[str, int]):
+        self.operator, self.old, self.new = operator, old, new
+        self._layers = layer_sizes(base)
         self._found: dict[int | None, dict[str, UnitMap]] = {}
         self.hidden: UnitMap | None = None
         self.stream_scale = 1.0
@@ -78,7 +87,7 @@ class _Maps:
         return self._found[layer]
 
     def _draw(self, layer: int | None) -> dict[str, UnitMap]:
-        units = dict(self.old) | ({} if layer is None else layer_sizes(self.base, layer))
+        units = dict(self.old) | (self._layers[layer] if layer is not None and self._layers else {})
         options: dict[str, Any] = {"split": self.operator.split, "seed": self.operator.seed}
         found = {} if self.hidden is None else {"hidden": self.hidden}
         if self.hidden is not None and "kv_heads" in units:  # where they grow along with the channels, as they do
@@ -134,7 +143,7 @@ def _coupled(kind: str, operator: Widen, old: Mapping[str, int], new: dict[str, 
     return new
 
 
-def _channels(old: int, new: int, operator: WidthOperator) -> tuple[UnitMap, float]:
+def _channels(old: int, new: int, operator: Widen) -> tuple[UnitMap, float]:
     """Copies of all channels, as many as fit, then fresh ones; and the factor on what is written to the stream.
 
     Fresh channels are zero (or the mean, under layer norms), and so lower the mean square by `times * old / new`. What
@@ -188,6 +197,9 @@ def _sources(base: Any, axes: Axes, maps: _Maps) -> dict[str, WidthSource]:
         found[name] = source
     if maps.hidden is not None and is_tied(base):
         found |= divided(base, found, maps.hidden, maps.stream_scale)
+    first: dict[int, str] = {}  # a tensor with several names is what it is under the first
+    for name, tensor in saved_tensors(base).items():
+        found[name] = found[first.setdefault(id(tensor), name)]
     return found
 
 

@@ -16,19 +16,12 @@ if TYPE_CHECKING:
 
     from loopwise.edit.expand import WidthEdit
 
+Split = Literal["unequal", "even"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class WidthOperator(Operator):
-    """Base of the operators of width.
-
-    Attributes:
-        split: what the copies of a unit contribute: "unequal" shares, so that they part in training, or "even" ones,
-            with which they stay alike for ever unless something else tells them apart.
-        seed: of the units that are copied, their shares, and new random numbers.
-    """
-
-    split: Literal["unequal", "even"] = "unequal"
-    seed: int = 0
+    """Base of the operators of width."""
 
     def edit(self, model: nn.Module) -> WidthEdit:
         """The wider model, and where each of its tensors comes from; `model` is not changed.
@@ -61,6 +54,9 @@ class Widen(WidthOperator):
         expert_mlp: units of the experts, in types that count them apart.
         heads: query heads. Needs room for every old head in the groups that copy its group.
         kv_heads: heads of keys and values. New ones copy old ones with their query heads.
+        split: what the copies of a unit contribute: "unequal" shares, so that they part in training, or "even" ones,
+            with which they stay alike for ever unless something else tells them apart.
+        seed: of the units that are copied, their shares, and new random numbers.
     """
 
     kind: ClassVar[str | None] = "edit.widen"
@@ -69,6 +65,8 @@ class Widen(WidthOperator):
     expert_mlp: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
+    split: Split = "unequal"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check that there is something to do."""
@@ -106,12 +104,16 @@ class Upcycle(WidthOperator):
         top_k: how many a token visits, default 2; for a model with experts it follows from the old number.
         router: "random" small weights, so that tokens spread over the experts of a dense model and these part, or
             "zero": all tokens then go to the same experts, and the others have no gradient at first.
+        split: as in `Widen`, for a model with experts.
+        seed: of the router, and of the shares.
     """
 
     kind: ClassVar[str | None] = "edit.upcycle"
     experts: int
     top_k: int | None = None
     router: Literal["random", "zero"] = "random"
+    split: Split = "unequal"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""

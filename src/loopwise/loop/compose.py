@@ -36,7 +36,7 @@ class Cell:
 CAPABILITIES = (
     Capability(name="loop", what="a plan that visits layers several times", built=True),
     Capability(name="growth", what="edits of depth between training stages"),
-    Capability(name="tie + delta", what="shared layers with low-rank offsets per visit"),
+    Capability(name="tie + delta", what="shared layers with low-rank offsets per visit", built=True),
     Capability(name="halting", what="a number of visits that depends on the token", built=True),
     Capability(name="routing", what="visits by the tokens that a router chooses", built=True),
     Capability(name="chunk", what="levels that run on chunks of tokens"),

@@ -23,9 +23,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from loopwise.measure.layer_cost import attentions, matmul_weights, state_elements
+from loopwise.loop.boundary import turns_of
+from loopwise.loop.passes import LoopModule
+from loopwise.measure.layer_cost import attentions, matmul_weights, offset_weights, state_elements
 from loopwise.models.attach import plan_of
 from loopwise.models.hub import LayerList, layer_list, text_config
+from loopwise.models.relaxation import relaxation_of
 from loopwise.plan import Loop, Plan, Slot
 
 MAIN_LOOP = "core"
@@ -175,6 +178,7 @@ def cost_of(
         left_out += [f"{where.path}.{index}.{name}" for name in names]
     # Everything around the layers: the output head, tied or not, and projections of the embeddings.
     outside, names = matmul_weights(model, config, skip=[where.layers])
+    outside += _repeated_weights(where.owner, plan, config)
     unique, unrolled = _parameters(model, where, plan)
     return Cost(
         plan=str(plan),
@@ -220,7 +224,9 @@ def _resolve(model: nn.Module, plan: Plan | str | None, num_layers: int) -> Plan
 def _layer_cost(
     layer: nn.Module, index: int, config: Any, context: int, causal: bool
 ) -> tuple[LayerCost, tuple[str, ...]]:
-    weights, left_out = matmul_weights(layer, config)
+    relaxation = relaxation_of(layer)
+    weights, left_out = matmul_weights(layer, config, skip=[] if relaxation is None else [relaxation])
+    weights += offset_weights(layer, config)
     found = list(attentions(layer, index, config))
     floating = (parameter for parameter in layer.parameters() if parameter.is_floating_point())
     element = next(floating, torch.empty(0)).element_size()
@@ -244,9 +250,28 @@ def _parameters(model: nn.Module, where: LayerList, plan: Plan) -> tuple[int, in
     unique = sum(parameter.numel() for parameter in visited)
     # What several layers share stays shared in the unrolled model.
     shared = {p for p in visited if sum(p in layer for layer in layers) > 1}
-    own = [sum(p.numel() for p in layer if p not in shared) for layer in layers]
+    # Offsets per visit become a part of the copies.
+    found = [relaxation_of(layer) for layer in where.layers]
+    shared_and_offsets = shared.union(*(relaxation.parameters() for relaxation in found if relaxation is not None))
+    own = [sum(p.numel() for p in layer if p not in shared_and_offsets) for layer in layers]
     unrolled = sum(p.numel() for p in shared) + sum(own[index] for index in plan.layers)
     return outside + unique, outside + unrolled
+
+
+def _repeated_weights(owner: nn.Module, plan: Plan, config: Any) -> float:
+    """Weight elements of loop components that a token meets beyond once: those of every iteration.
+
+    They are negative for a loop that the plan lacks.
+    """
+    loops = owner._modules.get("loops")
+    names = [turn.loop.name for turns in turns_of(plan).values() for turn in turns.begin]
+    total = 0.0
+    for name, module in loops.items() if isinstance(loops, nn.ModuleDict) else ():
+        if not isinstance(module, LoopModule):
+            continue
+        for part in (module.update, module.turn, module.conditioner, module.gate):
+            total += 0.0 if part is None else (names.count(name) - 1) * matmul_weights(part, config)[0]
+    return total
 
 
 def _visits(

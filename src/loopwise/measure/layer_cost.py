@@ -22,6 +22,9 @@ from typing import Any
 
 from torch import nn
 
+from loopwise.models.offsets import MatrixOffset
+from loopwise.models.relaxation import relaxation_of
+
 # Decoders that can also read an encoder keep its attention as a child; without an encoder it is not run.
 _CROSS_ATTENTION = re.compile(r"(^|\.)(encoder_attn|cross_?attn|cross_?attention)")
 _NOT_FOR_TEXT = re.compile(
@@ -109,6 +112,30 @@ def matmul_weights(module: nn.Module, config: Any, skip: Collection[nn.Module] =
 
     walk(module, (), 1.0, ())
     return total, tuple(left_out)
+
+
+def offset_weights(layer: nn.Module, config: Any) -> float:
+    """Elements of the low-rank offsets of a layer (`loopwise.models.relaxation`) that one token meets in one visit.
+
+    Counted as factors everywhere. Where the sum of matrix and offset is formed first (experts, routers), that costs
+    `2 * rank` FLOPs per element and visit, however many the tokens are, and is not counted.
+    """
+    relaxation = relaxation_of(layer)
+    total = 0.0
+    for name in () if relaxation is None else relaxation.names:
+        offset = relaxation.of(name)  # type: ignore[union-attr]
+        if not isinstance(offset, MatrixOffset):
+            continue
+        path, share = name.split("."), 1.0
+        holders = [layer.get_submodule(".".join(path[:end])) for end in range(len(path))][::-1]
+        if offset.A.ndim == 4:
+            share = _routed_share(offset.A.shape[1], tuple(holders), config)
+        for at, part in enumerate(path[:-1]):
+            listed = layer.get_submodule(".".join(path[: at + 1]))
+            if part == "experts" and isinstance(listed, nn.ModuleList):
+                share = _routed_share(len(listed), tuple(holders[len(path) - 1 - at :]), config)
+        total += share * offset.num_weights
+    return total
 
 
 def attentions(layer: nn.Module, index: int, config: Any) -> Iterator[Attention]:

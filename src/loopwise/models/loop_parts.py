@@ -95,9 +95,7 @@ def build_loop(
         if value != SHARED_NORM:
             return NormConfig(**value).build(width)
         if final_norm is None:
-            raise ValueError(
-                f"loop {name!r} has {key}={value!r}: an attached model needs the norm's dictionary instead"
-            )
+            raise ValueError(f"loop {name!r} has {key}={value!r}: an attached model needs a norm's dictionary instead")
         return Shared(final_norm)
 
     def component(key: str) -> Any:
@@ -109,9 +107,7 @@ def build_loop(
         raise ValueError(f"loop {name!r} has an unknown component {unknown[0]!r}")
     missing = sorted(set(spec) - set(allowed))
     if missing:
-        raise ValueError(
-            f"loop {name!r} has {missing[0]!r}, which is for models of loopwise; {', '.join(allowed)} are not"
-        )
+        raise ValueError(f"loop {name!r} has {missing[0]!r}, which an attached model lacks: use {', '.join(allowed)}")
     if spec.get("route") or spec.get("follows"):
         return _build_routed(name, loops, plan, width)
     projection = spec.get("exit_projection")

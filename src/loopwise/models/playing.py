@@ -410,7 +410,7 @@ class Looping:
             if rows is not None and self.relaxed:
                 raise ValueError("layers with offsets per visit run all rows at one visit: use one depth for the batch")
             if self.options:
-                kwargs = kwargs | {"loop_options": self.options}
+                kwargs = kwargs | {"loop_options": self.options | kwargs.get("loop_options", {})}
             if self.recompute is not None and torch.is_grad_enabled():
                 kwargs = without_cache(self.policy, owner, kwargs)
             asked = self.loops, self.window, self.options

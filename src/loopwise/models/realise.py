@@ -148,7 +148,9 @@ def fixed_random_numbers() -> Iterator[None]:
     """The same random numbers inside every time, and the global generators afterwards where they were before."""
     device = torch.get_default_device()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would move the generators of all devices
+        if device.type == "cuda":
+            torch.cuda.manual_seed(0)
         yield
 
 

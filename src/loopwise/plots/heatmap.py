@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_NAME = 20
+MAX_NAME = 26
 BAR, MARKED, FAINT = "#0072B2", "#E69F00", "#666666"
 UNKNOWN = "#EEEEEE"
 COLUMNS, PANEL_INCHES = 3, (4.9, 3.9)

@@ -15,6 +15,7 @@ from torch import nn
 
 from loopwise.loop.state import RowSeeds
 from loopwise.models.attach import plan_of
+from loopwise.models.loop_parts import needs_generator
 from loopwise.models.regression import LoopwiseForRegression
 from loopwise.tasks.base import Rows, Score, score
 from loopwise.train.batch import IGNORE, Batch
@@ -50,9 +51,10 @@ def predict(model: Any, batch: Batch, loops: Loops = None, *, seed: int = 0, fir
         count = (plan if loops is None else plan.with_loops(loops)).counts["core"]
         return model(batch.points.xs_BNI, batch.points.ys_BN, loops=loops, loop_start=count - 1)[0]
     options: dict[str, Any] = {} if loops is None else {"loops": loops}
-    if hasattr(model, "causal_options"):  # our own decoder
+    is_ours = hasattr(model, "causal_options")
+    if is_ours or needs_generator(model):
         rows = RowSeeds(seed=seed, step=0, rows=tuple(range(first_row, first_row + batch.num_rows)))
-        options |= model.causal_options | {"generator": rows}
+        options |= (model.causal_options if is_ours else {}) | {"generator": rows}
     if batch.positions_BT is not None:
         options["position_ids"] = batch.positions_BT
     return model(batch.tokens_BT, use_cache=False, **options).logits

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from loopwise.models.decoder import LoopwisePreTrainedModel
+from loopwise.models.loop_parts import needs_generator
 from loopwise.models.saving import save
 from loopwise.tasks.base import text
 from loopwise.train.batch import IGNORE
@@ -114,8 +115,8 @@ def _prompts(tokens_BT: torch.Tensor | None) -> torch.Tensor:
 def _continued(model: Any, source: Source, prompt_T: torch.Tensor) -> str:
     tokenizer = source.tokenizer
     device = next(model.parameters()).device
-    is_ours = isinstance(model, LoopwisePreTrainedModel)
-    generator = {"generator": torch.Generator().manual_seed(0)} if is_ours else {}
+    draws = isinstance(model, LoopwisePreTrainedModel) or needs_generator(model)
+    generator = {"generator": torch.Generator().manual_seed(0)} if draws else {}
     tokens = model.generate(
         prompt_T[None].to(device),
         max_new_tokens=_SAMPLE_TOKENS,

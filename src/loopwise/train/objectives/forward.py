@@ -21,6 +21,7 @@ from loopwise.loop.state import RowSeeds
 from loopwise.models.attach import eval_mode, learn_rows
 from loopwise.models.causal import LoopwiseForCausalLM
 from loopwise.models.hub import base_model, probe_inputs
+from loopwise.models.loop_parts import needs_generator
 from loopwise.models.regression import LoopwiseForRegression
 from loopwise.train.batch import IGNORE, Batch
 
@@ -71,7 +72,7 @@ def forward_at(
                 "iteration: use parallel='ddp', or per='batch'"
             )
         learn_rows(unwrapped(model))
-    if is_regression or isinstance(inner, LoopwiseForCausalLM):
+    if is_regression or isinstance(inner, LoopwiseForCausalLM) or needs_generator(inner):
         rows = tuple(range(first_row, first_row + batch.num_rows))
         options.setdefault("generator", RowSeeds(seed=seed, step=step, rows=rows))
     if batch.points is not None:
@@ -140,7 +141,7 @@ def _mixes_documents(model: nn.Module) -> bool:
     ids_BT = probe_inputs(model, 2, 6)["input_ids"].flip(1)  # the rows differ in the first token
     positions_BT = torch.tensor([0, 1, 2, 0, 1, 2], device=ids_BT.device).expand(2, -1)
     options: dict[str, Any] = {"use_cache": False} if hasattr(base_model(model).config, "use_cache") else {}
-    if isinstance(base_model(model), LoopwiseForCausalLM):
+    if isinstance(base_model(model), LoopwiseForCausalLM) or needs_generator(model):
         options["generator"] = RowSeeds(seed=0, step=0, rows=(0, 0))
     with eval_mode(model):
         logits_BTV = model(input_ids=ids_BT, position_ids=positions_BT, **options).logits[:, 3:].float()
