@@ -64,8 +64,8 @@ class Arm:
 
 
 ARMS = {
-    "relaxed": Arm(operator=f"recursive(2, middle_cycle, average, rank={RANK})", words=("optimizer.lr=5e-4",)),
-    "tied": Arm(operator="recursive(2, middle_cycle, average)", words=("optimizer.lr=5e-4",)),
+    "relaxed": Arm(operator=f"recursive(2, middle_cycle, stepwise, rank={RANK})", words=("optimizer.lr=3e-4",)),
+    "tied": Arm(operator="recursive(2, middle_cycle, stepwise)", words=("optimizer.lr=3e-4",)),
     "source": Arm(words=("optimizer.lr=1e-4",)),
 }
 
@@ -104,7 +104,12 @@ def score(place: Path, source: Source, rows: int) -> dict[str, Any]:
             logits_TV = predict(model, batch).float()[0]
             losses.append(float(F.cross_entropy(logits_TV, batch.targets_BT[0])))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"losses": losses, "parameters": parameters, "plan": str(plan_of(model))}
+    return {
+        "losses": losses,
+        "parameters": parameters,
+        "plan": str(plan_of(model)),
+        "data": source.fingerprint,
+    }
 
 
 def collect(work: Path) -> list[dict[str, Any]]:
@@ -115,6 +120,8 @@ def collect(work: Path) -> list[dict[str, Any]]:
         for which in ("before", "after")
     }
     losses = {key: value["losses"] for key, value in found.items()}
+    if len({value["data"] for value in found.values()}) > 1 or len({len(rows) for rows in losses.values()}) > 1:
+        raise ValueError(f"{work}: the arms were not scored on the same rows, start anew with another --work")
     arms = [describe(name, work, found) for name in ARMS]
     entries = []
     for name in ("relaxed", "tied"):
@@ -173,7 +180,7 @@ def _loopwise(*words: object) -> None:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--arm", choices=[*ARMS, "none"], help="carry out one arm (none: only collect); default all")
-    options.add_argument("--steps", type=int, default=600, help=f"optimizer steps of {ROWS * LENGTH} tokens")
+    options.add_argument("--steps", type=int, default=500, help=f"optimizer steps of {ROWS * LENGTH} tokens")
     options.add_argument("--rows", type=int, default=SCORED, help=f"held-out rows of {LENGTH} tokens that are scored")
     options.add_argument("--work", type=Path, default=Path("runs/bench-uptrain"), help="where edits and runs go")
     options.add_argument("--out", type=Path, default=RESULTS / "uptrain.json", help="result file")

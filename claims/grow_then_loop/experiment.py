@@ -7,6 +7,7 @@ A cooldown spends the last 30 % of the same FLOPs on 10 visits instead of 8. Run
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from loopwise.edit.operators import Midas
 from loopwise.plots.curves import Curve, Panel
@@ -19,13 +20,8 @@ from loopwise.train.config import RunConfig
 
 EXTRA = range(5)
 COOLED = "midas, looped cooldown"
-BLOCKS = {
-    "first middle block": "0-1 (2-3)x{} 4-7",
-    "second middle block": "0-3 (4-5)x{} 6-7",
-    "both": "0-1 (2-5)x{} 6-7",
-}
-LOOPED = "second middle block"
-"""The one that the cooldown trains."""
+PLAN = "0-3 core:(4-5)x{} 6-7"
+"""The second of the two middle blocks, which the cooldown trains."""
 
 
 def arms(scale: str) -> dict[str, RunConfig]:
@@ -39,45 +35,43 @@ def arms(scale: str) -> dict[str, RunConfig]:
 
 
 def measure(runs: Mapping[str, Sequence[RunResult]]) -> Effect:
-    """Scores with 0 to 4 extra passes of three parts of the middle."""
+    """Scores with 0 to 4 extra passes."""
+    by = {
+        name: [scored_under(run, [PLAN.format(1 + extra) for extra in EXTRA]) for run in found]
+        for name, found in runs.items()
+    }
     scores = {
-        block: {name: {extra: _scores(found, text, extra) for extra in EXTRA} for name, found in runs.items()}
-        for block, text in BLOCKS.items()
+        name: {extra: [item[PLAN.format(1 + extra)]["token_accuracy"] for item in found] for extra in EXTRA}
+        for name, found in by.items()
     }
-    here = scores[LOOPED]
-    changes = {
-        block: {name: {str(extra): _change(by[0], by[extra]) for extra in EXTRA if extra} for name, by in found.items()}
-        for block, found in scores.items()
-    }
-    effect = mean_interval(_differences(here["midas"][1], here["midas"][0]))
-    control = mean_interval(_differences(here[COOLED][1], here[COOLED][0]))
+    effect = mean_interval(_differences(scores["midas"][1], scores["midas"][0]))
+    control = mean_interval(_differences(scores[COOLED][1], scores[COOLED][0]))
     trained = {name: [run.score("token_accuracy") for run in found] for name, found in runs.items()}
     cooled = difference_interval(trained[COOLED], trained["full depth, looped cooldown"])
     return Effect(
         interval=effect,
         control_held=control.low > 0,
-        control=f"the pass that a cooldown has trained gains {control.estimate:.4f} [{control.low:.4f}, {control.high:.4f}]",
+        control=f"the pass of a cooldown gains {control.estimate:.4f} [{control.low:.4f}, {control.high:.4f}]",
         scores=trained,
         metric="token accuracy under the plan of the last stage",
-        panels=[_panel(block, found) for block, found in scores.items()],
+        panels=[_panel(scores)],
         details={
-            "change by extra passes: mean, low, high": changes,
-            "by hops, midas, second middle block": {
-                str(extra): _by_hops(runs["midas"], BLOCKS[LOOPED], extra) for extra in EXTRA
+            "token accuracy by extra passes": scores,
+            "change by extra passes: mean, low, high": {
+                name: {str(extra): _change(found[0], found[extra]) for extra in EXTRA if extra}
+                for name, found in scores.items()
+            },
+            "by hops, 0 to 7, and extra passes": {
+                name: {str(extra): _by_hops([item[PLAN.format(1 + extra)] for item in found]) for extra in EXTRA}
+                for name, found in by.items()
             },
             "midas minus full depth, both with looped cooldown": [cooled.estimate, cooled.low, cooled.high],
         },
     )
 
 
-def _scores(found: Sequence[RunResult], text: str, extra: int) -> list[float]:
-    plans = [text.format(1 + count) for count in EXTRA]
-    return [scored_under(run, plans)[plans[extra]]["token_accuracy"] for run in found]
-
-
-def _by_hops(found: Sequence[RunResult], text: str, extra: int) -> list[float]:
-    plan = text.format(1 + extra)
-    by = [scored_under(run, [plan])[plan]["token_by"]["hops"] for run in found]
+def _by_hops(found: Sequence[Mapping[str, Any]]) -> list[float]:
+    by = [item["token_by"]["hops"] for item in found]
     return [sum(item[hops] for item in by) / len(by) for hops in sorted(by[0], key=int)]
 
 
@@ -90,10 +84,10 @@ def _change(before: Sequence[float], after: Sequence[float]) -> list[float]:
     return [found.estimate, found.low, found.high]
 
 
-def _panel(block: str, found: Mapping[str, Mapping[int, Sequence[float]]]) -> Panel:
+def _panel(scores: Mapping[str, Mapping[int, Sequence[float]]]) -> Panel:
     curves = []
-    for name, by in found.items():
-        means = [mean_interval(scores) for scores in by.values()]
+    for name, by in scores.items():
+        means = [mean_interval(found) for found in by.values()]
         curves.append(
             Curve(
                 label=name,
@@ -104,4 +98,4 @@ def _panel(block: str, found: Mapping[str, Mapping[int, Sequence[float]]]) -> Pa
                 dashed=name.startswith("full"),
             )
         )
-    return Panel(curves=curves, x_label="extra passes", y_label="share of letters that are right", title=block)
+    return Panel(curves=curves, x_label="extra passes of layers 4-5", y_label="share of letters that are right")

@@ -72,8 +72,10 @@ def _gains(full: Sequence[RunResult], grown_runs: Sequence[RunResult]) -> dict[s
     steps = full[0].config.num_steps, grown_runs[0].config.num_steps
     spent = [estimate_run(found[0].config, flops_per_second=1.0).flops for found in (full, grown_runs)]
     flops = (spent[0] / steps[0]) / (spent[1] / steps[1])
-    seconds = ratio_interval(*([run.scores["core_seconds"] / num for run in found] for found, num in
-                               ((full, steps[0]), (grown_runs, steps[1]))))  # fmt: skip
+    seconds = ratio_interval(
+        [run.scores["core_seconds"] / steps[0] for run in full],
+        [run.scores["core_seconds"] / steps[1] for run in grown_runs],
+    )
     return {
         "FLOPs": flops,
         "processor time": _numbers(seconds),

@@ -12,6 +12,7 @@ import numpy as np
 
 from loopwise.edit.operators import GradStack, Lidas, Midas
 from loopwise.measure.similarity import WeightSimilarity, weight_similarity
+from loopwise.plan import Plan
 from loopwise.plots.curves import Curve, Panel
 from loopwise.recipes.one_budget import BLOCK, LAYERS, TENTHS, grown, plain
 from loopwise.study.experiment import Effect
@@ -21,19 +22,15 @@ from loopwise.study.stats import mean_interval
 from loopwise.train.config import RunConfig
 
 BLOCKS = LAYERS // BLOCK
-COPIED = {
-    "midas": {2: (0, 0), 3: (0, 0, 1), 4: (0, 1, 1, 2)},
-    "grad_stack": {2: (0, 0), 3: (0, 1, 1), 4: (0, 1, 2, 2)},
-}
-"""For every stage from the second on, the block of the stage before that each block starts as."""
+OPERATORS = {"midas": Midas(b=BLOCK), "grad_stack": GradStack(b=BLOCK)}
 
 
 def arms(scale: str) -> dict[str, RunConfig]:
     """Full depth and three ways to grow, as in the claim `growth`."""
     return {
         "full depth": plain(),
-        "grad_stack": grown(GradStack(b=BLOCK)),
-        "midas": grown(Midas(b=BLOCK)),
+        "grad_stack": grown(OPERATORS["grad_stack"]),
+        "midas": grown(OPERATORS["midas"]),
         "lidas": grown(Lidas(b=BLOCK)),
     }
 
@@ -42,7 +39,7 @@ def measure(runs: Mapping[str, Sequence[RunResult]]) -> Effect:
     """Cosines by the age of the fork, along depth, and along training."""
     last = {name: [_similarity(run, run.config.num_steps) for run in found] for name, found in runs.items()}
     cosines = {name: [item.mean(BLOCK).cosine for item in found] for name, found in last.items()}
-    by_age = {name: [_by_age(name, cosine) for cosine in cosines[name]] for name in COPIED}
+    by_age = {name: [_by_age(name, cosine) for cosine in cosines[name]] for name in OPERATORS}
     drops = {
         name: [[ages[stage] - ages[stage - 1] for stage in (4, 3)] for ages in found] for name, found in by_age.items()
     }
@@ -50,13 +47,14 @@ def measure(runs: Mapping[str, Sequence[RunResult]]) -> Effect:
     apart = ~np.eye(BLOCKS, dtype=bool)
     chance = max(float(np.abs(cosine[apart]).max()) for cosine in cosines["full depth"])
     profiles = {name: [np.diagonal(cosine, 1).tolist() for cosine in found] for name, found in cosines.items()}
-    ways = {name: [_since(name, run) for run in runs[name]] for name in COPIED}
+    ways = {name: [_since(name, run) for run in runs[name]] for name in OPERATORS}
     stages = {
         name: {
             stage: [_similarity(run, _ends(run)[stage - 1]) for run in found]
             for stage in range(2, len(_ends(found[0])) + 1)
         }
         for name, found in runs.items()
+        if name != "full depth"
     }
     return Effect(
         interval=mean_interval(least),
@@ -92,18 +90,25 @@ def _similarity(run: RunResult, step: int) -> WeightSimilarity:
     return weight_similarity(weights_at(run, step))
 
 
-def parted(name: str, blocks: int = BLOCKS) -> dict[tuple[int, int], int]:
+def parted(name: str, blocks: int) -> dict[tuple[int, int], int]:
     """For each pair of blocks, the stage at whose beginning they were last the same."""
     found = {}
     for pair in itertools.combinations(range(blocks), 2):
-        now, stage = pair, blocks
-        while True:
-            now = (COPIED[name][stage][now[0]], COPIED[name][stage][now[1]])
-            if now[0] == now[1]:
+        first, second = pair
+        for stage in range(blocks, 1, -1):
+            sources = _sources(name, stage)
+            first, second = sources[first], sources[second]
+            if first == second:
+                found[pair] = stage
                 break
-            stage -= 1
-        found[pair] = stage
     return found
+
+
+def _sources(name: str, stage: int) -> list[int]:
+    """The block of the stage before that each block of a stage starts as."""
+    num_layers = (stage - 1) * BLOCK
+    visits = OPERATORS[name].edit(Plan.identity(num_layers), num_layers).plan.layers
+    return [layer // BLOCK for layer in visits[::BLOCK]]
 
 
 def _by_age(name: str, cosine: np.ndarray) -> dict[int, float]:
@@ -164,7 +169,7 @@ def _along_depth(profiles: Mapping[str, Sequence[Sequence[float]]]) -> Panel:
         )
     return Panel(
         curves=curves,
-        x_label="pair of neighbouring blocks",
+        x_label="pair of neighbouring blocks (1: first and second)",
         y_label="cosine of weights",
         title="after training",
         level=(0.0, "chance"),

@@ -58,7 +58,8 @@ def measure(runs: Mapping[str, Sequence[RunResult]]) -> Effect:
         interval=against[AT_35],
         control_held=used.low > 0.05 and best < 0.98,
         control=(
-            f"with one pass the arm loses {used.estimate:.3f} [{used.low:.3f}, {used.high:.3f}]; the best arm has {best:.3f}"
+            f"with one pass the arm loses {used.estimate:.3f} [{used.low:.3f}, {used.high:.3f}]; "
+            f"the best arm has {best:.3f}"
         ),
         scores=scores,
         metric="token accuracy",

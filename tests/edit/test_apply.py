@@ -1,4 +1,4 @@
-"""Edits in memory: realisations, where tensors come from, what is kept, our own decoder, and what is refused."""
+"""Edits in memory: realisations, where tensors come from, and what is kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from tiny import tiny_inputs, tiny_model
 from torch import nn
-from transformers import AlbertConfig, AlbertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import loopwise
 from loopwise.edit.apply import TensorSource, apply, plan_edit, realise, tensor_sources
@@ -16,8 +15,6 @@ from loopwise.edit.surgery import Order, Repeat
 from loopwise.edit.width import Widen
 from loopwise.models.hub import layer_list
 from loopwise.models.relaxation import add_relaxation
-from tests.edit import decoders
-from tests.edit.decoders import block, decoder, ids_of
 from tests.models.common import logits
 
 
@@ -252,202 +249,6 @@ def test_retrofit_with_the_identity_adapter_keeps_the_function():
     assert same_tensors(one, two), "the random adapter is drawn anew"
     with pytest.raises(ValueError, match="cannot be materialised"):
         apply(model, "retrofit(1, 4, 1)", mode="materialize")
-
-
-# Our own decoder
-
-
-def own(plan="0 core:(1-2)x2 3", **fields):
-    blocks = [block(value_gate_channels=4), block(), block("branch", value_gate_channels=4), block("branch_out")]
-    return decoder(blocks, plan, value_embeddings={"0": 16, "2": 16}, tie_word_embeddings=True, **fields)
-
-
-def test_our_own_decoder_in_three_realisations():
-    ids_BT = ids_of(own())
-    alias, tied, plain = (apply(own(), "repeat(3, 5)", mode=mode) for mode in ("alias", "tie", "materialize"))
-    assert str(loopwise.plan_of(alias)) == alias.config.plan == "0-2 (1-2)x2 3"
-    want = decoders.logits(alias, ids_BT)
-    assert torch.equal(decoders.logits(tied, ids_BT), want)
-    torch.testing.assert_close(decoders.logits(plain, ids_BT), want, rtol=1e-5, atol=1e-5)
-    assert str(loopwise.plan_of(plain)) == "0-7" and plain.config.num_hidden_layers == len(plain.config.blocks) == 8
-    assert sorted(plain.config.value_embeddings) == ["0", "2", "4", "6"]
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-    again = apply(apply(own(), "untie"), 'tie("0 core:(1-2)x2 3")')
-    assert same_tensors(again, own()) and again.config.plan == "0 core:(1-2)x2 3"
-
-
-def test_zeroed_layers_of_our_own_decoder_are_the_identity():
-    model = apply(own(), "untie")
-    ids_BT = ids_of(model)
-    new = apply(model, "llama_pro(every=1)")
-    assert torch.equal(decoders.logits(new, ids_BT), decoders.logits(model, ids_BT))
-    assert not new.model.layers[5].mixer_norm_out.bias.any(), "the norm behind a branch has a bias"
-    for placement in ("post", "stream"):
-        stack = decoder([block(placement)] * 2, plan="0-1")
-        with pytest.raises(ValueError, match=f"placement '{placement}' norms the stream itself"):
-            apply(stack, "llama_pro(every=1)")
-
-
-def test_loops_with_components_stay_loops():
-    loops = {"core": {"update": {"kind": "update.concat"}}}
-    model = own(loops=loops)
-    ids_BT = ids_of(model)
-    with pytest.raises(ValueError, match="components of their own"):
-        apply(model, "untie")
-    with pytest.raises(ValueError, match="no loop 'core', which has components"):
-        apply(model, "prune([1, 2])", mode="alias")
-    new = apply(model, "prune([3])", mode="tie")
-    assert new.config.loops == loops and str(loopwise.plan_of(new)) == "0 core:(1-2)x2"
-    update = dict(new.named_parameters())
-    name = next(name for name in update if ".loops.core." in name)
-    assert torch.equal(update[name], dict(model.named_parameters())[name])
-    assert decoders.logits(new, ids_BT).isfinite().all()
-
-
-def test_retrofit_of_our_own_decoder():
-    model = apply(own(), "untie")
-    ids_BT = ids_of(model)
-    new = apply(model, "retrofit(1, 4, 1)")
-    assert new.config.loops == {"core": {"update": {"kind": "update.concat", "init": "pass_state"}}}
-    assert torch.equal(decoders.logits(new, ids_BT), decoders.logits(model, ids_BT))
-    assert not torch.equal(decoders.logits(new, ids_BT, loops=2), decoders.logits(model, ids_BT))
-
-
-def test_a_model_with_bare_loop_names_unties():
-    model = own()
-    ids_BT = ids_of(model)
-    untied = apply(model, "untie")
-    torch.testing.assert_close(decoders.logits(untied, ids_BT), decoders.logits(model, ids_BT), rtol=1e-5, atol=1e-5)
-
-
-# Refusals
-
-
-def with_adapters():
-    peft = pytest.importorskip("peft")
-    return peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-
-
-def quantised():
-    model = tiny_model("llama")
-    model.config.quantization_config = {"quant_method": "bitsandbytes"}
-    return model
-
-
-def hooked():
-    model = loopwise.attach(tiny_model("llama"), "0-5")
-    model.model.loopwise.hooks = [lambda visit, state: state]
-    return model
-
-
-def albert():
-    return AlbertForMaskedLM(
-        AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=16, embedding_size=8, vocab_size=40)
-    ).eval()
-
-
-def t5():
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_heads": 2, "num_layers": 2, "vocab_size": 40}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-
-
-@pytest.mark.parametrize(
-    ("make", "operator", "mode", "said"),
-    [
-        (with_adapters, "double", None, "carries adapters"),
-        (quantised, "double", "tie", "quantised: use mode 'alias'"),
-        (hooked, "untie", None, "hooks on its visits"),
-        (albert, "double", None, "not called once and in order"),
-        (t5, "double", None, "encoder-decoder"),
-        (lambda: tiny_model("zamba2"), "double", None, "shares shared_transformer.* between its layers 1 and 4"),
-        (lambda: tiny_model("zamba"), "llama_pro(every=1)", None, "shares .* cannot be changed on its own"),
-        (lambda: tiny_model("diffllama"), "double", None, "depends on its number"),
-        (lambda: tiny_model("diffllama"), "llama_pro(every=2)", None, "depends on its number"),
-        (
-            lambda: tiny_model("gemma3_text"),
-            "recursive(2)",
-            None,
-            "layer_types is full_attention in layer 1 and sliding",
-        ),
-        (lambda: tiny_model("qwen3_next"), 'tie("(0)x6")', None, "mlp_only_layers is True in layer 0 and False"),
-        (lambda: tiny_model("bert"), "llama_pro(every=2)", None, r"norms stand on the stream itself \(post-norm\)"),
-        (lambda: tiny_model("xlnet"), "llama_pro(every=2)", None, "post-norm"),
-        (lambda: tiny_model("doge"), "llama_pro(every=2)", None, "multiplies the stream"),
-        (lambda: tiny_model("llama"), "llama_pro(every=2)", "alias", "an alias has the old tensors"),
-        (lambda: tiny_model("llama"), "prune([0, 1, 2, 3, 4, 5])", None, "leaves nothing to visit"),
-        (lambda: tiny_model("llama"), "llama_pro(every=4)", None, "does not divide 6 layers"),
-        (lambda: tiny_model("llama"), "double", "copy", "mode is 'copy': use one of alias, tie, materialize"),
-        (lambda: tiny_model("llama"), [], None, "no operator is given"),
-        (lambda: nn.Linear(2, 2), "double", None, "contains no transformers model"),
-    ],
-)
-def test_refusals_are_one_line_and_change_nothing(make, operator, mode, said):
-    model = make()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(ValueError, match=said) as caught:
-        apply(model, operator, mode=mode)
-    assert len(str(caught.value).splitlines()) == 1
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_packed_weights_can_be_looped():
-    assert str(loopwise.plan_of(apply(quantised(), "repeat(1, 3)", mode="alias"))) == "0 (1-2)x2 3-5"
-
-
-@pytest.mark.parametrize(
-    ("model_type", "field", "value"),
-    [("opt", "do_layer_norm_before", False), ("bloom", "apply_residual_connection_post_layernorm", True)],
-)
-def test_settings_that_norm_the_stream_are_refused_though_the_type_is_fine(model_type, field, value):
-    config = tiny_model(model_type).config
-    setattr(config, field, value)
-    model = type(tiny_model(model_type))._from_config(config).eval()
-    with pytest.raises(ValueError, match=f"{field}={value} a norm stands on the stream"):
-        apply(model, "llama_pro(every=2)")
-
-
-def test_an_edit_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="the edit is of 6 layers under 0-5, the model has 6 under"):
-        realise(loopwise.attach(tiny_model("llama"), "(0-5)x2"), plan_edit(tiny_model("llama"), "double"), mode="tie")
-
-
-def test_layers_of_a_list_with_other_tensors_are_named():
-    model = tiny_model("deepseek_v3")
-    with pytest.raises(
-        ValueError, match="layers 1 and 3 cannot become one, .*first_k_dense_replace is True in layer 1"
-    ):
-        apply(model, "recursive(2, init=average)")
-    assert len(layer_list(apply(model, "prune([0])")).layers) == 5
-
-
-def test_sharded_models_are_refused():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = tiny_model("llama")
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        norm = model.model.norm
-        norm.weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(norm.weight.detach(), mesh))
-        with pytest.raises(ValueError, match="this model is sharded: gather it"):
-            apply(model, "double")
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_offsets_of_our_own_decoder_go_into_the_layers_of_their_visits():
-    model = own()
-    add_relaxation(model, 2)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "relaxation" in name:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    ids_BT = ids_of(model)
-    assert not torch.allclose(decoders.logits(model, ids_BT), decoders.logits(own(), ids_BT), atol=1e-2)
-    untied = apply(model, "untie")
-    assert untied.config.relaxation is None and untied.config.num_hidden_layers == 6
-    torch.testing.assert_close(decoders.logits(untied, ids_BT), decoders.logits(model, ids_BT), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="offsets per visit"):
-        apply(model, "prune([3])")
 
 
 def test_a_layer_without_visits_keeps_its_tensors():

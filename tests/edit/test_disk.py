@@ -91,7 +91,7 @@ def test_a_folder_is_what_is_materialised_in_memory(model_type: str, tmp_path: P
     assert planned.doubts is None
     new, info = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    twin = loopwise.materialize(model, planned.edit.alias_plan())
+    twin: Any = loopwise.materialize(model, planned.edit.alias_plan())
     assert_same_tensors(new, twin)
     assert says(new.config.get_text_config(decoder=True)) == says(twin.config.get_text_config(decoder=True))
     tied = [m.get_input_embeddings().weight is m.get_output_embeddings().weight for m in (model, new)]
@@ -116,7 +116,7 @@ def test_new_layers_that_start_at_zero_change_nothing(model_type: str, tmp_path:
     [
         "recursive(2, cycle, average)",
         'tie("0 (1)x2 2", init=average)',
-        'order([0, 1, 1, 3], zero=[2], scale=["1 mlp 0.5", "3 * 2"])',
+        'order([0, 1, 1, 3], zero=[2], scale=["1 self_attn.v 0.5", "3 * 2"])',
     ],
 )
 def test_computed_tensors_are_those_of_the_edit_in_memory(text: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -426,6 +426,8 @@ def test_kinds_that_cannot_become_one_are_refused(tmp_path: Path) -> None:
     source = saved(tiny_model("gemma3_text"), tmp_path / "source")
     with pytest.raises(ValueError, match="layers 0 and 4 cannot become one, they are of different kinds"):
         plan_disk_edit(source, [parse("recursive(3, cycle, average)")])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="layers 0 and 4 cannot become one, they are of different kinds: layer_types"):
+        plan_disk_edit(source, [parse("recursive(3, cycle, lower)")])  # pyright: ignore[reportArgumentType]
     shutil.rmtree(source)
     source = saved(tiny_model("deepseek_v3"), tmp_path / "source")
     with pytest.raises(ValueError, match="first_k_dense_replace=2"):

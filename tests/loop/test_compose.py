@@ -11,9 +11,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
+from loopwise.edit.operators import LlamaPro, Midas
+from loopwise.edit.surgery import Recursive, Tie, Untie
 from loopwise.loop.compose import CAPABILITIES, matrix
 from loopwise.loop.halting import HazardHalting
 from loopwise.models.relaxation import add_relaxation, relaxation_of
+from loopwise.train.growth import edit
 from loopwise.train.parallel import count_collectives, finish_backward, shard
 from tests.train.ranks import on_ranks
 
@@ -356,6 +359,91 @@ def delta_and_sharding():
     assert on_ranks(sharded_training, relaxed, prompt, {}) == [4, 4]
 
 
+PRO = LlamaPro(every=1)
+
+
+def grown(model, operator=PRO, plan=None):
+    """What a stage of training makes of a model when it begins."""
+    return edit(model, operator, plan=None if plan is None else loopwise.Plan.parse(plan))[0].eval()
+
+
+def loop_and_growth():
+    """loop -> untie -> grow -> tie: nothing changes until the copies do, and tied again they are the shared layers."""
+    model, ids_BT = looped(), prompt(2)
+    want = model(ids_BT).logits
+    untied = grown(looped(), Untie())
+    assert torch.equal(untied(ids_BT).logits, want)
+    assert torch.equal(grown(untied)(ids_BT).logits, want)
+    tied = grown(untied, Tie(plan=PLAN))
+    assert torch.equal(tied(ids_BT).logits, want)
+    ours, theirs = model.state_dict(), tied.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def growth_and_delta():
+    """Layers that become one get the offsets with which the function is the old one; untied they are themselves."""
+    model, ids_BT = loopwise.attach(tiny_model("llama"), "0-5"), prompt(2)
+    want = model(ids_BT).logits
+    near = {"atol": 1e-5 * want.abs().max().item(), "rtol": 0.0}
+    recursive = grown(model, Recursive(loops=3, sharing="cycle", init="average", rank=-1))
+    assert len(recursive.model.layers) == 2
+    torch.testing.assert_close(recursive(ids_BT).logits, want, **near)
+    untied = grown(recursive, Untie())
+    assert len(untied.model.layers) == 6 and untied.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(untied(ids_BT).logits, want, **near)
+
+
+def growth_and_halting():
+    """Identity layers inside the loop: every token leaves where it left, with what it had."""
+    model, ids_BT = halting(), halting_prompt(2)
+    want = model(ids_BT, use_cache=False, **HALT).logits
+    taller = grown(loopwise.set_loops(halting(), core=1), plan="core:(0-3)x4")
+    assert torch.equal(taller(ids_BT, use_cache=False, **HALT).logits, want)
+    loopwise.set_cache(taller, "selected")
+    tokens = [generate(each, ids_BT, **HALT, **GREEDY) for each in (taller, model)]
+    assert torch.equal(*tokens)
+
+
+def growth_and_routing():
+    """Identity layers inside the loop: the routers choose the same tokens."""
+    model, ids_BT = routed(), routed_prompt(2)
+    taller = grown(loopwise.set_loops(routed(), core=1), plan="0-1 core:(2-3)x3 4-5")
+    for select in ("top", "threshold"):
+        want = model(ids_BT, select=select, use_cache=False, output_loops=True)
+        got = taller(ids_BT, select=select, use_cache=False, output_loops=True)
+        assert torch.equal(got.logits, want.logits) and len(got.routes) == len(want.routes) == 3
+
+
+def growth_and_sampler():
+    model, ids_BT = loopwise.attach(tiny_model("llama"), "0-5"), prompt(2)
+    taller = grown(model)
+    for options in (SAMPLED, GREEDY | {"num_beams": 3}):
+        assert torch.equal(generate(taller, ids_BT, **options), generate(model, ids_BT, **options))
+
+
+def growth_and_speculation():
+    """The model before growth drafts for the grown one, and a model drafts for itself by looking up."""
+    model, ids_BT = loopwise.attach(tiny_model("llama"), "0-5"), prompt()
+    taller = grown(model, Midas(b=2))
+    want = generate(taller, ids_BT, **GREEDY)
+    assert torch.equal(generate(taller, ids_BT, assistant_model=model, **GREEDY), want)
+    assert torch.equal(generate(taller, ids_BT, **LOOKUP), want)
+
+
+def grown_loop():
+    return grown(loopwise.attach(tiny_model("llama"), "0-5"), plan="0 core:(1-10)x2 11")
+
+
+def growth_and_sharding():
+    """A grown model trains in shards like any other; two ranks that grow on the way are in tests/train/test_growth."""
+    assert on_ranks(sharded_training, grown_loop, prompt, {}) == [4, 4]
+
+
+def test_growth_with_adapters_is_refused_by_name():
+    with pytest.raises(ValueError, match="merge them first"):
+        grown(loopwise.attach(with_adapters(tiny_model("llama")), "0-5"))
+
+
 def test_halting_with_routing_is_refused_by_name():
     model, ids_BT = routed(), routed_prompt()
     with pytest.raises(ValueError, match="halting|gate|rout"):
@@ -363,6 +451,13 @@ def test_halting_with_routing_is_refused_by_name():
 
 
 LAWS = {
+    ("loop", "growth"): loop_and_growth,
+    ("growth", "tie + delta"): growth_and_delta,
+    ("growth", "halting"): growth_and_halting,
+    ("growth", "routing"): growth_and_routing,
+    ("growth", "sampler"): growth_and_sampler,
+    ("growth", "speculation"): growth_and_speculation,
+    ("growth", "sharding"): growth_and_sharding,
     ("loop", "tie + delta"): loop_and_delta,
     ("tie + delta", "halting"): delta_and_halting,
     ("tie + delta", "routing"): delta_and_routing,

@@ -22,6 +22,7 @@ from loopwise.models.hub import layer_list
 from loopwise.models.realise import materialize
 from loopwise.models.relaxation import add_relaxation, relaxation_of
 from loopwise.models.wrapper import COMPONENTS_FILE
+from loopwise.train.optim.roles import role_of
 from loopwise.train.parallel import checkpoint_loops, compile_blocks
 from tests.models.common import BREADTH, LOOPED, logits, looped
 from tests.models.test_recompute import ours
@@ -126,6 +127,11 @@ def test_every_offset_gets_the_gradient_of_its_visit(model_type):
 def same_gradient(got, want, name):
     """Up to rounding; the bias of keys has a gradient of rounding alone."""
     assert (got - want).abs().max() <= 1e-4 * want.abs().max() + 1e-6, name
+
+
+def test_optimizers_take_offsets_of_vectors_for_vectors():
+    roles = {name.rpartition(".")[2]: role_of(name, p.shape) for name, p in offsets_of(relaxed()[0]).items()}
+    assert roles == {"A": "matrix", "B": "matrix", "offset": "vector"}
 
 
 def test_layers_are_the_shared_ones_between_visits():

@@ -40,7 +40,7 @@ def test_results_say_whether_the_target_holds(benchmark: ModuleType, tmp_path: P
     }
     for name, (before, after) in losses.items():
         for which, rows in (("before", before), ("after", after)):
-            found = {"losses": rows, "parameters": 10, "plan": "0-1"}
+            found = {"losses": rows, "parameters": 10, "plan": "0-1", "data": "x"}
             (tmp_path / f"{name}-{which}.json").write_text(json.dumps(found))
         (tmp_path / name).mkdir()
         line = {"step": 7, "tokens": 70, "flops": 1.0, "time": {"step": 0.5}}

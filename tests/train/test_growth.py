@@ -60,12 +60,12 @@ def life_cycle(**values: Any) -> RunConfig:
 
 
 def attached(**values: Any) -> RunConfig:
-    """A model of transformers that is made recursive with offsets, after it has had identity layers put in."""
+    """A model of transformers that has identity layers put in, is made recursive with offsets, and is untied again."""
     model = TransformersModel(type="llama", config=LLAMA | {"num_key_value_heads": 2})
     stages = (
         Stage(steps=2, edit=(LlamaPro(every=1),), trainable=("model.layers.1.*", "model.layers.3.*")),
         Stage(steps=2, edit=(Recursive(loops=2, sharing="cycle", init="average", rank=1),)),
-        Stage(steps=1, moments="copy"),
+        Stage(steps=1, edit=(Untie(),), moments="halve"),
     )
     return tiny_config(**{"model": model, "depth": None, "stages": stages} | values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -16,6 +17,7 @@ from loopwise.cli import common
 
 if TYPE_CHECKING:
     from loopwise.edit.disk import DiskEdit
+    from loopwise.edit.maps import DepthEdit
     from loopwise.edit.operators import Operator
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -34,7 +36,8 @@ class Edit:
     dst: Positional[Path]
     """folder to write; must not exist yet, or be empty"""
     op: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="OPERATOR")] = ()
-    """what to do, such as "llama_pro(every=4)"; repeated, one after the other"""
+    """what to do, such as "llama_pro(every=4)"; mergekit:FILE.yml, rys:SPEC and stacking:FILE.json read the recipes of
+    other tools; repeated, one after the other"""
     mode: Literal["tie", "materialize"] | None = None
     """tie: shared layers and a plan, loads with loopwise. materialize: a layer of its own for every visit. Without it
     the operator's own"""
@@ -44,19 +47,23 @@ class Edit:
     """load both folders and check what the edit promises, before DST gets its name"""
     dry_run: FlagCreatePairsOff[bool] = False
     """print what would happen and write nothing"""
+    png: Annotated[Path | None, arg(metavar="FILE")] = None
+    """draw which old layers the new ones come from"""
 
     def run(self) -> None:
         """Plan, then print or write."""
-        from loopwise.edit.text import parse
+        from loopwise.edit.importers import operator_from
         from loopwise.edit.workplace import refuse_target
 
         if not self.op:
             raise ValueError("--op is missing: name at least one operator, such as --op 'stack(2)'")
-        operators = [parse(text) for text in self.op]
-        size = parse_size(self.shard_size)
         if not self.source.exists():
             raise ValueError(f"{self.source} does not exist")
+        operators = [operator_from(text, dtype=dtype_of(self.source)) for text in self.op]
+        size = parse_size(self.shard_size)
         refuse_target(self.source, self.dst)
+        if self.png is not None:
+            common.check_writable(self.png)
         why = why_loaded(self.source, operators)
         if why is None:
             self._stream(operators, size)
@@ -69,6 +76,7 @@ class Edit:
         planned = plan_disk_edit(self.source, operators, mode=self.mode, shard_size=size)
         if planned.filled:
             print(f"note: config.json leaves {', '.join(planned.filled)} to its class: now written", file=sys.stderr)
+        self._draw(planned.edit)
         if self.dry_run:
             print(dry_run_text(planned))
             return
@@ -92,6 +100,7 @@ class Edit:
         common.quiet_libraries()
         with common.notes():
             edited = edit_loaded(self.source, operators, mode=self.mode)
+        self._draw(edited.edit)
         if self.dry_run:
             print(f"in memory: {why}")
             if edited.edit is not None:
@@ -106,6 +115,15 @@ class Edit:
         print(f"wrote {self.dst} ({common.size_of(self.dst)}, edited in memory: {why})")
         print("\n".join(lines or [promise_text(promise)]))
 
+    def _draw(self, edit: DepthEdit | None) -> None:
+        if self.png is None:
+            return
+        if edit is None:
+            raise ValueError("--png draws layers, and these operators change more than those: leave it out")
+        from loopwise.edit.explain import edit_picture
+
+        edit_picture(edit, self.png, title=", ".join(self.op), mode=self.mode)
+
     def _check(self, edit: Any, lines: list[str]) -> Callable[[Path], None]:
         def check(folder: Path) -> None:
             from loopwise.edit.verify import verify
@@ -117,6 +135,16 @@ class Edit:
             lines.append(f"verified: {result}" if result.bound is not None else f"measured: {result}")
 
         return check
+
+
+def dtype_of(source: Path) -> str | None:
+    """The number type that the configuration of a folder names, if any."""
+    try:
+        values = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        found = values.get("dtype") or values.get("torch_dtype")
+    except (OSError, ValueError, AttributeError):  # said where the source is read
+        return None
+    return found if isinstance(found, str) else None
 
 
 def why_loaded(source: Path, operators: list[Operator]) -> str | None:

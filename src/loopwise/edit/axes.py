@@ -32,6 +32,8 @@ _FIELDS = {
 _ALSO_HIDDEN = ("word_embed_proj_dim",)
 # Fused projections whose parts alternate head by head, not one whole after the other.
 _BY_HEAD = re.compile(r"\.query_key_value\.")
+# Model types whose gate and up units alternate in one tensor.
+_PAIRED_UNITS = ("gpt_oss",)
 # Parameters of experts, in layouts of either order: what this one reads is the units.
 _READS_UNITS = re.compile(r"(down_proj|\.w2|output_linear)[^.]*(\.weight)?$")
 
@@ -167,8 +169,12 @@ def find_axes(model: nn.Module, dimensions: Collection[str]) -> Axes:
             note(dimension, twice("heads", "kv_heads"), twice("heads"))
         else:
             note(dimension, twice(dimension), before)
+        # Types with latent keys have a number of kv heads that counts nothing by itself.
+        if dimension != "kv_heads" and not any(dimension in counted for counted in grown.values()):
+            raise ValueError(f"{type(base).__name__}: no tensor grows with {dimension}")
     modules = dict(base.named_modules())
     layers, every = LayerNames(base), layer_sizes(base)
+    is_paired = text_config(base).model_type in _PAIRED_UNITS
     axes: Axes = {}
     for name, shape in before.items():
         reads = _read_axis(modules[name.rpartition(".")[0]], name, len(shape))
@@ -180,7 +186,7 @@ def find_axes(model: nn.Module, dimensions: Collection[str]) -> Axes:
                 found.append(None)
                 continue
             units = old | every[inside[1]] if inside is not None and every else old
-            parts = _parts(name, size, counted, units)
+            parts = _parts(name, size, counted, units, is_paired)
             does_read = axis == reads if reads >= 0 else _expert_reads(name, counted)
             found.append(Axis(parts=parts, reads=does_read))
         axes[name] = tuple(found)
@@ -209,7 +215,8 @@ def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line; of a configuration's validation, what the validator says."""
+    error = error.__cause__ if error.__cause__ is not None and "Validation" in type(error).__name__ else error
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
@@ -217,9 +224,9 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in saved_tensors(model).items()}
 
 
-def _parts(name: str, size: int, counted: set[str], units: Mapping[str, int]) -> tuple[Part, ...]:
+def _parts(name: str, size: int, counted: set[str], units: Mapping[str, int], is_paired: bool) -> tuple[Part, ...]:
     if counted == {"heads", "kv_heads"}:
-        heads, kv, dim = units["heads"], units["kv_heads"], units["head_dim"]
+        heads, kv, dim = units["heads"], units["kv_heads"], units.get("head_dim", 0)
         if size == (heads + 2 * kv) * dim and not _BY_HEAD.search(name):
             fused = (("heads", heads), ("kv_heads", kv), ("kv_heads", kv))
             return tuple(Part(dimension=what, units=number, block=dim) for what, number in fused)
@@ -235,7 +242,7 @@ def _parts(name: str, size: int, counted: set[str], units: Mapping[str, int]) ->
         (dimension,) = counted
         number = units.get(dimension, 0)
         if number and size % number == 0:
-            whole = dimension in ("heads", "kv_heads") or _BY_HEAD.search(name)
+            whole = dimension in ("heads", "kv_heads") or _BY_HEAD.search(name) or (dimension == "mlp" and is_paired)
             if whole:
                 return (Part(dimension=dimension, units=number, block=size // number),)
             return (Part(dimension=dimension, units=number),) * (size // number)
@@ -246,7 +253,7 @@ def _parts(name: str, size: int, counted: set[str], units: Mapping[str, int]) ->
 
 def _read_axis(module: nn.Module, name: str, num_axes: int) -> int:
     """The axis that a tensor reads along, num_axes for none, -1 where it depends on what the axis counts."""
-    if num_axes < 2 or isinstance(module, nn.Embedding):
+    if num_axes < 2 or isinstance(module, nn.Embedding) or name.endswith("bias"):
         return num_axes
     if isinstance(module, nn.Linear):
         return 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ from loopwise.edit.shards import Shard, index_of, shards_of, write_shards
 from loopwise.edit.workplace import (
     commit,
     copy_other_files,
+    keep_whole_files,
     leaving_nothing_useless,
     locked,
     refuse_target,
@@ -135,12 +136,7 @@ def plan_disk_edit(
     _refuse_foreign_code(source, edit)
     filled = source.completed() if moves else []
     kinds = source.kinds(layout)
-    for layer in edit.layers:
-        differing = next((other for other in layer.sources if kinds[other] != kinds[layer.sources[0]]), None)
-        if differing is not None:
-            raise ValueError(
-                f"layers {layer.sources[0]} and {differing} cannot become one, they are of different kinds"
-            )
+    _refuse_different_kinds(edit, kinds)
     if source.is_own:
         _refuse_zero_of_streams(source, edit)
     doubts = source.doubts(moves=moves)
@@ -161,6 +157,22 @@ def plan_disk_edit(
         doubts=doubts,
         filled=tuple(filled),
     )
+
+
+def _refuse_different_kinds(edit: DepthEdit, kinds: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where a new layer is a mean of, or stands at its visits for, layers of different kinds."""
+    groups = [set(layer.sources) for layer in edit.layers]
+    for visited, origin in zip(edit.plan.layers, edit.origins, strict=True):
+        groups[visited].add(origin)
+    for layer, group in zip(edit.layers, groups, strict=True):
+        first = layer.sources[0]
+        for other in sorted(group):
+            key = next((key for key, value in kinds[first].items() if kinds[other].get(key) != value), None)
+            if key is not None:
+                raise ValueError(
+                    f"layers {first} and {other} cannot become one, they are of different kinds: {key} is "
+                    f"{kinds[first][key]} in one and {kinds[other].get(key)} in the other"
+                )
 
 
 def _refuse_zero_of_streams(source: Source, edit: DepthEdit) -> None:
@@ -184,8 +196,6 @@ def composed(operators: Sequence[DepthOperator], plan: Any, num_layers: int, mod
         later = operator.edit(plan, num_layers)
         wanted = mode if operator is operators[-1] and mode else later.default
         if wanted == "materialize":
-            if later.relaxation is not None:
-                raise ValueError("offsets per visit need the visits of one layer: use mode 'tie'")
             later = later.unrolled()
         edit = later if edit is None else edit.then(later)
         plan, num_layers = edit.plan, len(edit.layers)
@@ -252,6 +262,7 @@ def carry_out(
             write_text(model / provenance.FILE, provenance.text_of(record))
             write_text(model / "config.json", json.dumps(planned.config, indent=2, ensure_ascii=False) + "\n")
         except OSError as error:
+            keep_whole_files(model)
             what = f"{error.strerror or error}: {target} is not written"
             if any(model.glob("*.safetensors")):
                 what += f"; the same command goes on with what is in {work}"

@@ -183,7 +183,11 @@ class Source:
         import loopwise.models  # noqa: F401 - tells transformers about our types
 
         values = {key: value for key, value in self.base.items() if key != "model_type"}
-        whole = AutoConfig.for_model(self.base["model_type"], **copy.deepcopy(values))
+        try:
+            whole = AutoConfig.for_model(self.base["model_type"], **copy.deepcopy(values))
+        except Exception as error:  # whatever a class says to values that do not fit
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{self.folder / 'config.json'} does not fit its model_type: {line[:200]}") from error
         full = whole.get_text_config(decoder=True).to_dict()
         filled = [name for name in missing if full.get(name) is not None]
         self.text.update({name: full[name] for name in filled})
@@ -283,10 +287,10 @@ def _nothing_fits(
     if not lists:
         return f"{folder} has no list of layers among its tensors"
     path = min(lists, key=lambda path: (bool(_TOWERS.search(path)), -sizes[path]))
-    key = next(iter(counts))
+    says = next((f"{key} is {count}" for key, count in counts.items()), "it names no number of layers")
     gap = sorted(set(range(max(lists[path]) + 1)) - lists[path])
     has = f"layer {gap[0]} is missing" if gap else f"there are {len(lists[path])}"
-    return f"{folder} does not fit its config.json: {key} is {counts[key]}, and of {path} {has}"
+    return f"{folder} does not fit its config.json: {says}, and of {path} {has}"
 
 
 def _renumbered(values: Any, layout: Layout, sources: Sequence[int]) -> Any:

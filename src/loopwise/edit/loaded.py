@@ -54,16 +54,10 @@ def edit_loaded(source: Path | str, operators: Sequence[Operator], *, mode: str 
     if all(isinstance(operator, DepthOperator) for operator in operators):
         try:
             edit = plan_edit(model, operators)
-        except ValueError:
-            if len(operators) == 1:
-                raise
-        model = apply(model, operators, mode=mode)  # pyright: ignore[reportArgumentType] - checked by the caller
-    else:
-        for operator in operators:
-            wide: Any = operator
-            depth = isinstance(operator, DepthOperator)
-            wanted: Any = mode if operator is operators[-1] else None
-            model = apply(model, operator, mode=wanted) if depth else wide.edit(model).model
+        except ValueError:  # several that cannot be one edit; what a single one refuses, `apply` does too
+            edit = None
+    wanted: Any = mode
+    model = apply(model, operators, mode=wanted)
     texts = tuple(one.text() if isinstance(one, DepthOperator) else str(one) for one in operators)
     keeps = all(isinstance(operator, WidthOperator) for operator in operators)
     return LoadedEdit(

@@ -84,7 +84,7 @@ def final_norm(base: Any) -> tuple[str, nn.Module]:
         for handle in handles:
             handle.remove()
     for name, output in seen.items():
-        if read and output.shape == read[0].shape and torch.equal(output, read[0]):
+        if read and isinstance(output, torch.Tensor) and torch.equal(output, read[0]):
             return name, base.get_submodule(name)
     raise ValueError(f"edit.widen: the head of {type(base).__name__} is tied and reads no norm: untie the head first")
 

@@ -85,19 +85,35 @@ def _set_offsets(layer: nn.Module, visit: int, old: nn.Module, *, with_matrices:
 def set_matrix(offset: MatrixOffset, visit: int, residual: torch.Tensor) -> None:
     """Set the factors of a visit to the best approximation of a residual, which has the shape of the matrix.
 
-    Decomposed in float64, or float32 for matrices of 16 bits; signs are such that the largest entry of every row of A
-    is positive.
+    The decomposition is that of the smaller Gram matrix in float64, many times faster than one of the residual and as
+    exact as weights of 32 bits can tell: what it leaves out is below 1e-8 of the largest singular value. Signs are such
+    that the largest entry of every row of A is positive; where a singular value is zero that row is a unit vector, so
+    that training can go on from it.
     """
-    wide = torch.float64 if offset.A.dtype in (torch.float32, torch.float64) else torch.float32
-    residual = (residual.mT if offset.is_transposed else residual).to(wide)
+    residual = (residual.mT if offset.is_transposed else residual).double()
+    num_out, num_in = residual.shape[-2:]
     rank = offset.A.shape[-2]
-    left, values, right = torch.linalg.svd(residual, full_matrices=False)
-    left, values, right = left[..., :rank], values[..., :rank], right[..., :rank, :]
+    if num_out <= num_in:
+        left = _leading(residual @ residual.mT, rank)
+        right = left.mT @ residual
+        values = right.norm(dim=-1, keepdim=True)
+        right, left = right / values.clamp(min=1e-300), left * values.mT
+    else:
+        right = _leading(residual.mT @ residual, rank).mT
+        left = residual @ right.mT
+        values = left.norm(dim=-2, keepdim=True).mT
+    is_none = values <= 1e-12 * values.amax(-2, keepdim=True)
+    right = torch.where(is_none, torch.eye(rank, num_in, dtype=right.dtype, device=right.device), right)
     largest = right.gather(-1, right.abs().argmax(-1, keepdim=True))
-    sign = torch.where(largest < 0, -1.0, 1.0).to(wide)
+    sign = torch.where(largest < 0, -1.0, 1.0).double()
     with torch.no_grad():
         offset.A[visit] = (right * sign).to(offset.A.dtype)
-        offset.B[visit] = (left * (values[..., None, :] * sign.mT)).to(offset.B.dtype)
+        offset.B[visit] = (left * (sign * ~is_none).mT).to(offset.B.dtype)
+
+
+def _leading(gram: torch.Tensor, rank: int) -> torch.Tensor:
+    """The eigenvectors of the largest eigenvalues as columns, `[..., n, r]`, largest first."""
+    return torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
 
 
 def _refuse_other_kind(old: nn.Module, new: nn.Module, what: str) -> None:

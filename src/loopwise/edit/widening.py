@@ -22,6 +22,7 @@ from loopwise.edit.axes import (
     resized,
     saved_tensors,
     sizes_of,
+    tensor_shapes,
 )
 from loopwise.edit.expand import FRESH, UnitMap, WidthEdit, WidthSource, group_heads, replicate, shares, spread
 from loopwise.edit.expand import generator as numbers
@@ -55,6 +56,8 @@ def widen_edit(model: nn.Module, operator: Widen) -> WidthEdit:
     maps = _Maps(base, operator, old, new)
     config = resized(base, new | fitting_heads(base, old, new))
     twin = build_twin(model, config)
+    if tensor_shapes(base, base.config) == tensor_shapes(base, config):
+        raise ValueError(f"edit.widen: no tensor of {type(base).__name__} grows with {' and '.join(operator.sizes())}")
     with torch.no_grad():
         sources = _sources(base, axes, maps)
         fill(base, twin, sources)
@@ -130,7 +133,7 @@ def _new_sizes(base: nn.Module, operator: Widen, old: Mapping[str, int]) -> dict
 
 def _coupled(kind: str, operator: Widen, old: Mapping[str, int], new: dict[str, int]) -> dict[str, int]:
     """Sizes of a type whose size of a head is D / H: heads and channels grow together, as copies of the whole."""
-    why = f"{kind} has heads of hidden size / heads = {old['head_dim']} channels, which stay"
+    why = f"{kind} derives the size of a head from hidden and heads, and it stays"
     hidden = new.get("hidden", old["hidden"])
     if hidden % old["hidden"]:
         raise ValueError(f"edit.widen: hidden={hidden} is not a multiple of {old['hidden']}: {why}")

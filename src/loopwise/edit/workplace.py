@@ -73,7 +73,17 @@ def locked(work: Path, wanted: dict[str, Any]) -> Iterator[Path]:
             write_text(work / _JOB, json.dumps(wanted))
         _refuse_other_job(work, json.loads((work / _JOB).read_text(encoding="utf-8")), wanted)
         model.mkdir(exist_ok=True)
+        keep_whole_files(model)
         yield model
+
+
+def keep_whole_files(model: Path) -> None:
+    """Remove what an edit has left beside files of tensors that are whole: it is written again."""
+    for path in model.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.suffix != ".safetensors":
+            path.unlink()
 
 
 def _refuse_other_job(work: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

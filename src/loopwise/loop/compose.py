@@ -35,7 +35,7 @@ class Cell:
 
 CAPABILITIES = (
     Capability(name="loop", what="a plan that visits layers several times", built=True),
-    Capability(name="growth", what="edits of depth between training stages"),
+    Capability(name="growth", what="edits of depth between training stages", built=True),
     Capability(name="tie + delta", what="shared layers with low-rank offsets per visit", built=True),
     Capability(name="halting", what="a number of visits that depends on the token", built=True),
     Capability(name="routing", what="visits by the tokens that a router chooses", built=True),
@@ -48,6 +48,7 @@ CAPABILITIES = (
     Capability(name="sharding", what="FSDP2 with the loop as one unit", built=True),
 )
 _REFUSED: dict[frozenset[str], str] = {
+    frozenset(("growth", "adapters")): "an edit makes new layers, whose adapters would be others: merge them first",
     frozenset(("halting", "routing")): "a loop with a router has no exit gate: its router already says who goes on",
 }
 

@@ -127,9 +127,9 @@ class ConcatConfig(UpdateConfig):
 
     Attributes:
         bias: whether the map has a bias (no published model has).
-        init: start of W: "uniform" (the default of a torch linear layer), "normal" (Huginn: truncated at 3
-            deviations, std `sqrt(2 / (5 D))`), "pass_state" `[I, 0]`, or "pass_input" `[0, I]`, with which one
-            iteration of a retrofitted model equals its source layers.
+        init: start of W: "uniform" (the default of a torch linear layer; our own decoder draws it like its other
+            matrices), "normal" (Huginn: truncated at 3 deviations, std `sqrt(2 / (5 D))`), "pass_state" `[I, 0]`, or
+            "pass_input" `[0, I]`, with which one iteration of a retrofitted model equals its source layers.
     """
 
     kind: ClassVar[str | None] = "update.concat"
@@ -284,23 +284,41 @@ class Product(Update):
         return state_BTD * e_BTD
 
 
+class Adapter(nn.Linear):
+    """The map of `ConcatConfig`.
+
+    Attributes:
+        has_start: whether it starts as its config says, where owners draw the values of linear maps in their own way.
+    """
+
+    def __init__(self, config: ConcatConfig, width: int, input_width: int) -> None:
+        self._start, self.has_start = config.init, config.init != "uniform"
+        super().__init__(width + input_width, width, bias=config.bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The start that the config says."""
+        weight, width = self.weight, self.out_features
+        if self._start == "uniform":
+            super().reset_parameters()
+            return
+        if self._start == "normal":
+            std = math.sqrt(2 / (5 * width))
+            nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        else:
+            weight.zero_()
+            half = weight[:, :width] if self._start == "pass_state" else weight[:, width:]
+            half.copy_(torch.eye(width))
+        if self.bias is not None:
+            self.bias.zero_()
+
+
 class Concat(Update):
     """See `ConcatConfig`; parameter `adapter.weight` of shape `[D, D + E]`, its left half multiplies the state."""
 
     def __init__(self, config: ConcatConfig, width: int, input_width: int) -> None:
         super().__init__()
-        self.adapter = nn.Linear(width + input_width, width, bias=config.bias)
-        weight = self.adapter.weight
-        with torch.no_grad():
-            if config.init == "normal":
-                std = math.sqrt(2 / (5 * width))
-                nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-            elif config.init != "uniform":
-                weight.zero_()
-                half = weight[:, :width] if config.init == "pass_state" else weight[:, width:]
-                half.copy_(torch.eye(width))
-            if config.bias and config.init != "uniform":
-                self.adapter.bias.zero_()
+        self.adapter = Adapter(config, width, input_width)
 
     def forward(self, state_BTD, e_BTD, *, iteration, num_iterations, time=None) -> torch.Tensor:
         """`W [s ; e]`: `[B, T, D]`, `[B, T, E]` -> `[B, T, D]`."""

@@ -55,8 +55,13 @@ def plain(layers: int = LAYERS, **values: Any) -> RunConfig:
 
 
 def grown(operator: BlockOperator, **values: Any) -> RunConfig:
-    """2 layers that grow to 8 in four stages of 1, 2, 3 and 4 tenths of the steps (PROP-1, 2409.19044)."""
-    return _config(BLOCK, "", **values, stages=_growth(operator, 1.0))
+    """2 layers that grow to 8 in four stages of 1, 2, 3 and 4 tenths of the steps (PROP-1, 2409.19044).
+
+    Checkpoints of all tenths stay: what growing leaves in the weights is read from them.
+    """
+    stages = _growth(operator, 1.0)
+    tenth = sum(stage.steps for stage in stages) // TENTHS
+    return _config(BLOCK, "", **{"saving": Saving(every=tenth, keep_every=tenth)} | values, stages=stages)
 
 
 def looped(**values: Any) -> RunConfig:
@@ -150,12 +155,10 @@ def _flops(visits: int) -> float:
 
 
 def _config(layers: int, plan: str, *, stages: tuple[Stage, ...], **values: Any) -> RunConfig:
-    tenth = max(1, sum(stage.steps for stage in stages) // TENTHS)
     settings: dict[str, Any] = {
         "lr": 8e-3,
         "evaluation": Evaluation(every=0, rows=512, samples=0),
-        # What growing leaves in the weights is read from the ends of the stages.
-        "saving": Saving(every=tenth, keep_every=tenth),
+        "saving": Saving(every=150, keep=1),
     }
     config = on_task("one_budget", TASK, layers, 1, steps=1, batch_size=BATCH, **settings | values)
     # With normed queries and small first values 8 layers learn within the budget; without, they hardly start to.

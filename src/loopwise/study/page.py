@@ -179,7 +179,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{name}: {_shown(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_shown(item) for item in value)
+        return ", ".join(f"({_shown(item)})" if isinstance(item, list | tuple) else _shown(item) for item in value)
     return _number(value) if isinstance(value, float) else str(value)
 
 

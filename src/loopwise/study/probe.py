@@ -1,6 +1,4 @@
-"""What a finished run holds besides its scores: how it does under plans that it was not trained with, and its weights
-along the way.
-"""
+"""What a finished run holds besides its scores: how it does under other plans, and its weights along the way."""
 
 from __future__ import annotations
 

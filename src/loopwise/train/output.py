@@ -115,7 +115,7 @@ def _prompts(tokens_BT: torch.Tensor | None) -> torch.Tensor:
 def _continued(model: Any, source: Source, prompt_T: torch.Tensor) -> str:
     tokenizer = source.tokenizer
     device = next(model.parameters()).device
-    draws = isinstance(model, LoopwisePreTrainedModel) or needs_generator(model)
+    draws = any((isinstance(model, LoopwisePreTrainedModel), needs_generator(model)))
     generator = {"generator": torch.Generator().manual_seed(0)} if draws else {}
     tokens = model.generate(
         prompt_T[None].to(device),

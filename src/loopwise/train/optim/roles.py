@@ -20,8 +20,8 @@ Role: TypeAlias = Literal["matrix", "embedding", "head", "vector"]
 _HEADS = ("lm_head", "embed_out", "head", "q_head", "order_head", "score", "classifier", "read_out")
 _TABLES = ("wte", "wpe", "read_in", "tokens", "positions", "types", "puzzles", "table", "shared")
 _TABLE_STEMS = ("embed", "value_embeddings")
-# Parameters with several axes that still are one number per channel or per iteration.
-_VECTORS = ("qk_bias", "A_log", "dt_bias", "theta")
+# Parameters with several axes that still are one number per channel or per iteration, or such for every visit.
+_VECTORS = ("qk_bias", "A_log", "dt_bias", "theta", "offset")
 # What compiling and checkpointing put into names.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
