@@ -124,11 +124,15 @@ def collect(work: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{work}: the arms were not scored on the same rows, start anew with another --work")
     arms = [describe(name, work, found) for name in ARMS]
     entries = []
-    for name in ("relaxed", "tied"):
-        share, interval = closed(losses[name, "before"], losses[name, "after"], losses["source", "after"])
-        entry = {"name": f"uptrain: share of the gap closed, {name}", "value": round(share, 4), "ci95": interval}
-        target = MIN_CLOSED if name == "relaxed" else None
-        entries.append({**entry, "target": target, "holds": target is None or interval[0] >= target, "arms": arms})
+    # The relaxed model may start worse than the tied one: by its own start it would look better than it is.
+    sides = (("relaxed", "relaxed", MIN_CLOSED), ("relaxed", "tied", MIN_CLOSED), ("tied", "tied", None))
+    for name, start, target in sides:
+        share, interval = closed(losses[start, "before"], losses[name, "after"], losses["source", "after"])
+        said = f"uptrain: share of the gap closed, {name}" + (f", from the start of {start}" if start != name else "")
+        holds = target is None or interval[0] >= target
+        entries.append(
+            {"name": said, "value": round(share, 4), "ci95": interval, "target": target, "holds": holds, "arms": arms}
+        )
     differences = [a - b for a, b in zip(losses["tied", "after"], losses["relaxed", "after"], strict=True)]
     value, interval = resampled(lambda rows: statistics.fmean(differences[row] for row in rows), len(differences))
     name = "uptrain: nats by which relaxed is better than tied"

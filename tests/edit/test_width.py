@@ -418,7 +418,7 @@ def test_units_are_copied_as_often_as_each_other():
         ("gpt2", "widen(heads=8)", "heads=8 must be 4"),
         ("olmo2", "widen(heads=6)", "multiple of 4"),
         ("bloom", "widen(hidden=64)", "BloomForCausalLM cannot be widened"),
-        ("falcon_mamba", "widen(mlp=96)", "no tensor grows with mlp"),
+        ("deepseek_v4", "widen(mlp=96)", "no tensor grows with mlp"),
         ("deepseek_v3", "widen(kv_heads=4)", "already|no tensor"),
         ("gpt2", "upcycle(4)", "no known type with experts"),
         ("llama", "upcycle(1)", "at least 2"),

@@ -10,6 +10,7 @@ from tiny import tiny_inputs, tiny_model
 from torch import nn
 
 import loopwise
+from loopwise.edit.apply import apply
 from loopwise.measure import Score, perplexity
 
 LENGTH = 23
@@ -120,3 +121,10 @@ def test_bad_arguments(model: nn.Module, input_ids: list, arguments: dict, messa
     with pytest.raises(ValueError, match=message) as caught:
         perplexity(model, input_ids, **arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loop_that_starts_at_random_is_scored_by_a_seed(model: nn.Module, ids: torch.Tensor) -> None:
+    layers = model.config.num_hidden_layers
+    looped = apply(model, f"retrofit(0, {layers}, 0, adapter=random, iterations=2)")
+    first, again, other = (perplexity(looped, ids, seed=seed).nll for seed in (1, 1, 2))
+    assert first == again != other

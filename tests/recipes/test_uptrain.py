@@ -45,7 +45,8 @@ def test_results_say_whether_the_target_holds(benchmark: ModuleType, tmp_path: P
         (tmp_path / name).mkdir()
         line = {"step": 7, "tokens": 70, "flops": 1.0, "time": {"step": 0.5}}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    relaxed, tied, difference = benchmark.collect(tmp_path)
+    relaxed, from_tied, tied, difference = benchmark.collect(tmp_path)
+    assert from_tied["holds"] and from_tied["value"] > relaxed["value"]
     assert relaxed["holds"] and relaxed["target"] == 0.3 and relaxed["ci95"][0] > 0.7
     assert tied["value"] < 0.3 and tied["holds"] and tied["target"] is None
     assert difference["value"] == pytest.approx(6.25)

@@ -140,13 +140,15 @@ def generate(
         cache: cache policy for an attached model, as `loopwise.set_cache` reads it.
         max_new_tokens: upper limit.
         temperature: 0 for greedy decoding.
-        seed: seed of torch's generator when sampling.
+        seed: seed of torch's generator when sampling, and of first states that a loop draws at random.
         on_text: called with each piece of text as soon as it is final.
 
     Raises:
         ValueError: a setting makes no sense, or a cache policy for a model without a plan.
     """
     import torch
+
+    from loopwise.models.loop_parts import needs_generator
 
     check_sampling(max_new_tokens, temperature)
     if cache is not None:
@@ -158,6 +160,8 @@ def generate(
     if temperature > 0:
         torch.manual_seed(seed)
         sampling["temperature"] = temperature
+    if needs_generator(model):
+        sampling["generator"] = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         output = model.generate(
             input_ids=input_ids,

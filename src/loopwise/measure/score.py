@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from loopwise.models.attach import eval_mode
+from loopwise.models.loop_parts import needs_generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +49,7 @@ def perplexity(
     stride: int | None = None,
     batch_size: int = 1,
     per_token: bool = False,
+    seed: int = 0,
 ) -> Score:
     """Score one text under a model, with windows that slide over it.
 
@@ -65,6 +67,7 @@ def perplexity(
         stride: tokens between window starts, 1 .. `window`; None means `window`.
         batch_size: number of windows of equal length run together.
         per_token: also return the value of every token.
+        seed: of first states that a loop draws at random.
 
     Returns:
         The score.
@@ -81,7 +84,9 @@ def perplexity(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     ids_T = _one_text(input_ids).to(next(model.parameters()).device)
     num_predicted = len(ids_T) - 1
-    options = getattr(model, "causal_options", {})  # a model that may look ahead must not do so here
+    options = dict(getattr(model, "causal_options", {}))  # a model that may look ahead must not do so here
+    if needs_generator(model):
+        options["generator"] = torch.Generator().manual_seed(seed)
     nll_T = torch.empty(num_predicted)
     with eval_mode(model):
         for windows in _batches(_windows(num_predicted, window, stride), batch_size):
