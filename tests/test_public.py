@@ -28,7 +28,19 @@ NAMES = [
     "set_loops",
     "use_loops",
 ]
-VERBS = ["inspect", "generate", "score", "edit", "export", "import", "families", "architectures", "compose"]
+VERBS = [
+    "inspect",
+    "generate",
+    "score",
+    "propose",
+    "edit",
+    "uptrain",
+    "export",
+    "import",
+    "families",
+    "architectures",
+    "compose",
+]
 FLAGS = Path(__file__).parent / "cli" / "flags.txt"
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "safetensors"}
 

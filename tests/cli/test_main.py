@@ -15,7 +15,19 @@ import loopwise
 from loopwise.cli.main import main, one_line
 
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ("inspect", "generate", "score", "edit", "export", "import", "families", "architectures", "compose")
+VERBS = (
+    "inspect",
+    "generate",
+    "score",
+    "propose",
+    "edit",
+    "uptrain",
+    "export",
+    "import",
+    "families",
+    "architectures",
+    "compose",
+)
 
 
 def test_version(run: Run) -> None:

@@ -50,7 +50,7 @@ class Uptrain:
     steps: int = 200
     """optimizer steps"""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """run folder (default: runs/uptrain-NAME)"""
+    """run folder; without it runs/uptrain-NAME"""
     device: str = "auto"
     """where to run: auto (a GPU when there is one), cpu, cuda"""
     stop_after: Annotated[int | None, arg(metavar="STEPS")] = None
