@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import loopwise
+from loopwise.cli.common import current_umask
 from loopwise.cli.edit import parse_size
 
 Run = Callable[..., tuple[int, str, str]]
@@ -69,6 +71,8 @@ def test_what_needs_the_model_says_so(run: Run, saved_model: Path, tmp_path: Pat
     assert (tmp_path / "new" / "tokenizer.json").exists()
     record = json.loads((tmp_path / "new" / "loopwise_edit.json").read_text(encoding="utf-8"))
     assert record["path"] == "in memory"
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
+    assert modes == {0o666 & ~current_umask()}
     loopwise.load(tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 

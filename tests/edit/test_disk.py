@@ -110,6 +110,12 @@ def test_new_layers_that_start_at_zero_change_nothing(model_type: str, tmp_path:
     assert torch.equal(logits(new, ids_BT), logits(model, ids_BT))
 
 
+def test_architectures_whose_layers_cannot_be_the_identity_are_refused(tmp_path: Path) -> None:
+    source = saved(tiny_model("bert"), tmp_path / "source")
+    with pytest.raises(ValueError, match="bert: a layer cannot start as the identity: its norms stand on the stream"):
+        plan_disk_edit(source, [parse("llama_pro(every=3)")])  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "text",

@@ -22,7 +22,7 @@ from loopwise.edit import provenance
 from loopwise.edit.layout import Layout, Source, read_source
 from loopwise.edit.maps import DepthEdit
 from loopwise.edit.operators import DepthOperator
-from loopwise.edit.outputs import why_not_zero
+from loopwise.edit.outputs import table, why_not_zero
 from loopwise.edit.pieces import Piece, odd_layers, pieces_of
 from loopwise.edit.shards import Shard, index_of, shards_of, write_shards
 from loopwise.edit.workplace import (
@@ -142,8 +142,11 @@ def plan_disk_edit(
     doubts = source.doubts(moves=moves)
     if doubts is None and moves and source.quantization is None:
         doubts = odd_layers(checkpoint, layout, kinds)
-    if doubts is None and any(layer.zero for layer in edit.layers) and not source.is_own:
-        doubts = why_not_zero(source.model_type, source.text)
+    if any(layer.zero for layer in edit.layers) and not source.is_own:
+        why = why_not_zero(source.model_type, source.text)
+        if why is not None and source.model_type in table():
+            raise ValueError(f"{source.model_type}: a layer cannot start as the identity: {why}")
+        doubts = doubts or why
     pieces = pieces_of(checkpoint, layout, edit, source.model_type)
     return DiskEdit(
         source=source,

@@ -99,8 +99,10 @@ def write_loaded(
             earlier=provenance.earlier_of(edited.source),
         )
         write_text(model / provenance.FILE, provenance.text_of(record))
+        mask = os.umask(0)
+        os.umask(mask)
         for path in model.iterdir():
-            _flush(path)
+            _finish(path, mask)
         if check is not None:
             check(model)
         commit(model, target)
@@ -118,7 +120,9 @@ def _add_tokenizer(source: Path, model: Path) -> None:
         return
 
 
-def _flush(path: Path) -> None:
+def _finish(path: Path, mask: int) -> None:
+    """Make a file readable as other new files are (the safetensors library makes its own private), and flush it."""
     if path.is_file():
+        path.chmod(0o666 & ~mask)
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
