@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
+MERGEKIT := $(VENV)/mergekit
 # Many small matrices: workers that share the cores beat threads that fight over them.
 ONE_THREAD := OMP_NUM_THREADS=1
 
@@ -17,7 +18,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo quickstart uptrain tour-model claims test lint types conformance bench bench-uptrain clean
+.PHONY: help setup demo quickstart uptrain tour-model claims test lint types conformance bench bench-edit bench-uptrain clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,11 +53,17 @@ lint: $(STAMPS)/package ## ruff: rules and formatting
 types: $(STAMPS)/package ## pyright
 	$(BIN)/pyright
 
-conformance: $(STAMPS)/package ## re-run the laws over every causal model type and rewrite the committed table
+conformance: $(STAMPS)/package ## re-run the laws over every causal model type and rewrite the committed tables
 	$(ONE_THREAD) $(PY) tests/conformance/run.py --write
+	$(ONE_THREAD) $(PY) tests/conformance/zeroing.py --write
 
 bench: $(STAMPS)/package $(STAMPS)/demo ## run the benchmarks; a missed target fails
-	for script in $(filter-out benchmarks/uptrain.py,$(wildcard benchmarks/[!_]*.py)); do $(PY) $$script || exit 1; done
+	for script in $(filter-out benchmarks/edit.py benchmarks/uptrain.py,$(wildcard benchmarks/[!_]*.py)); do $(PY) $$script || exit 1; done
+
+bench-edit: $(STAMPS)/package ## edit a checkpoint of 1.1 B parameters beside mergekit, in an environment of its own; needs 9 GB of disk
+	test -x $(MERGEKIT)/bin/mergekit-yaml || ($(PYTHON) -m venv $(MERGEKIT) && $(MERGEKIT)/bin/python -m pip install -q "$(TORCH)" \
+		&& $(MERGEKIT)/bin/python -m pip install -q mergekit==0.1.5)
+	$(PY) benchmarks/edit.py --mergekit $(MERGEKIT)/bin/python
 
 bench-uptrain: $(STAMPS)/package $(STAMPS)/demo ## heal a recursive SmolLM2 beside its controls: over an hour of one core
 	$(ONE_THREAD) $(PY) benchmarks/uptrain.py

@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 DECLARED = sorted(path.parent for path in ROOT.glob(f"claims/*/{CLAIM}"))
 FINISHED = [folder for folder in DECLARED if (folder / "results.json").is_file()]
 
+# Declared, and not carried out yet.
+PENDING = {"growth", "growth_similarity", "grow_then_loop", "life_cycle", "soft_looping"}
+
 
 def test_there_are_claims() -> None:
     assert {folder.name for folder in DECLARED} >= {"latent_thoughts", "depth_scaling", "test_time_depth", "icl_loops"}
@@ -26,7 +29,7 @@ def test_a_declaration_reads_at_every_scale_and_has_its_results(folder: Path) ->
     claim = read_claim(folder)
     for scale in ("cpu", *claim.scale):
         assert list(Experiment.read(folder, scale).arms) == list(claim.arms)
-    assert folder in FINISHED
+    assert (folder in FINISHED) != (folder.name in PENDING)
 
 
 @pytest.mark.parametrize("folder", FINISHED, ids=lambda folder: folder.name)
