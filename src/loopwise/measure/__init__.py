@@ -1,8 +1,8 @@
 """Measurements: what a plan costs, how well a model predicts, how alike layers are; all return numbers or arrays."""
 
 from loopwise.measure.cost import Cost, LayerCost, VisitCost, cost_of, realised_depth
-from loopwise.measure.influence import Influence, influence
-from loopwise.measure.loss_jump import LossJump, loss_jump, row_losses
+from loopwise.measure.influence import Influence
+from loopwise.measure.loss_jump import LossJump, row_losses
 from loopwise.measure.score import Score, perplexity
 from loopwise.measure.similarity import WeightSimilarity, weight_similarity
 
@@ -15,8 +15,6 @@ __all__ = [
     "VisitCost",
     "WeightSimilarity",
     "cost_of",
-    "influence",
-    "loss_jump",
     "perplexity",
     "realised_depth",
     "row_losses",

@@ -282,14 +282,14 @@ def _visits(
     recompute: bool | str,
     visits: Any,
 ) -> Iterator[VisitCost]:
-    shares = torch.ones(plan.num_slots, dtype=torch.float64) if visits is None else _shares(visits)
+    shares = [1.0] * plan.num_slots if visits is None else _shares(visits).tolist()
     if len(shares) != plan.num_slots:
         raise ValueError(f"visits has {len(shares)} slots, the plan {plan} has {plan.num_slots}")
     asked = grad_iterations is not None or recompute == "loop"
     iterations: list[int | None] = _main_iterations(plan) if asked else [None] * plan.num_slots
     window = _window_start(iterations, grad_iterations)
     first_inside = next((i for i, iteration in enumerate(iterations) if iteration is not None), 0)
-    for i, (slot, iteration, share) in enumerate(zip(plan.slots, iterations, shares.tolist(), strict=True)):
+    for i, (slot, iteration, share) in enumerate(zip(plan.slots, iterations, shares, strict=True)):
         layer = layers[slot.layer]
         cut = window > 0 and i < first_inside and not grad_prelude
         with_grad = not cut and (iteration is None or iteration >= window)
