@@ -23,7 +23,24 @@ Words = Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class RunFlags:
+    """What verbs that train have in common."""
+
+    device: str = "auto"
+    """where to run: auto (a GPU when there is one), cpu, cuda"""
+    stop_after: Annotated[int | None, arg(metavar="STEPS")] = None
+    """stop after so many steps, with a checkpoint"""
+    dry_run: FlagCreatePairsOff[bool] = False
+    """print parameters, FLOPs, memory and an estimate of the time, and train nothing"""
+
+    def check(self) -> None:
+        """ValueError for a number of steps that means nothing."""
+        if self.stop_after is not None and self.stop_after < 1:
+            raise ValueError(f"--stop-after {self.stop_after}: use at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(RunFlags):
     """Train a recipe, a config in a file, or go on with a run folder.
 
     Examples: `loopwise train quickstart`, `loopwise train quickstart steps=500 optimizer.lr=1e-3 --out runs/a`,
@@ -36,18 +53,11 @@ class Train:
     overrides: Positional[Words] = ()
     """values that replace the recipe's, such as steps=200 or model.width=128"""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """run folder of a new run (default: runs/NAME)"""
-    device: str = "auto"
-    """where to run: auto (a GPU when there is one), cpu, cuda"""
-    stop_after: Annotated[int | None, arg(metavar="STEPS")] = None
-    """stop after so many steps, with a checkpoint"""
-    dry_run: FlagCreatePairsOff[bool] = False
-    """print parameters, FLOPs, memory and an estimate of the time, and train nothing"""
+    """run folder of a new run; without it runs/NAME"""
 
     def run(self) -> None:
         """Train, printing what happens."""
-        if self.stop_after is not None and self.stop_after < 1:
-            raise ValueError(f"--stop-after {self.stop_after}: use at least 1")
+        self.check()
         quiet_libraries()
         config, folder = self._resolve()
         if self.dry_run:

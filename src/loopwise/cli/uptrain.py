@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 
 from loopwise.cli import common
-from loopwise.cli.train import Words, check_folder, is_run, show
+from loopwise.cli.train import RunFlags, Words, check_folder, is_run, show
 
 if TYPE_CHECKING:
     from loopwise.train.config import RunConfig
@@ -20,7 +20,7 @@ LOSS = "eval/loss"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Uptrain:
+class Uptrain(RunFlags):
     """Train an edited checkpoint until it is good again, and print held-out loss before and after.
 
     Examples: `loopwise uptrain recursive --source SmolLM2.gguf --distill 1 --steps 400`,
@@ -51,17 +51,10 @@ class Uptrain:
     """optimizer steps"""
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """run folder; without it runs/uptrain-NAME"""
-    device: str = "auto"
-    """where to run: auto (a GPU when there is one), cpu, cuda"""
-    stop_after: Annotated[int | None, arg(metavar="STEPS")] = None
-    """stop after so many steps, with a checkpoint"""
-    dry_run: FlagCreatePairsOff[bool] = False
-    """print what would be trained, FLOPs, memory and an estimate of the time, and train nothing"""
 
     def run(self) -> None:
         """Train, printing what happens."""
-        if self.stop_after is not None and self.stop_after < 1:
-            raise ValueError(f"--stop-after {self.stop_after}: use at least 1")
+        self.check()
         if self.distill and self.source is None:
             raise ValueError(f"--distill {self.distill:g} needs --source, the model to learn from")
         common.quiet_libraries()
