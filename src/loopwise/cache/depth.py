@@ -129,7 +129,7 @@ class DepthCache:
             ValueError: a policy that never lets them.
         """
         decode = self.policy.decode
-        if decode.kind == "own" or decode.size > 1:
+        if decode.kind in ("own", "stride") or decode.size > 1:
             raise ValueError(
                 f"tokens that leave a loop early would be missing in a cache of policy {self.policy}: use "
                 "set_cache(model, 'selected'), 'last', 'first' or 'own/last', or on_exit='select'"

@@ -5,12 +5,13 @@
 | own | its own store | yes |
 | selected | its own store, which holds only the tokens that a router let in (MoR 2507.10524) | yes |
 | ring(k) | store i mod k: earlier tokens as their last iteration congruent to i left them | no |
+| stride(k) | store i // k: earlier tokens as the last iteration of the same k left them | no |
 | last | ring(1): earlier tokens as their last iteration left them (Ouro's decoding, 2510.25741) | no |
 | first | the keys and values of iteration 0, the current tokens' too (recursive sharing, MoR 2507.10524) | no |
 
-A policy is a pair (prefill, decode). `last` and `ring` make a token read what *later* iterations of earlier tokens
-wrote, so their prefill goes position by position; `own/last` prefills exactly in parallel and keeps only the last
-iteration from the first decoded token on.
+A policy is a pair (prefill, decode). `last`, `ring` and `stride` make a token read what *later* iterations of earlier
+tokens wrote, so their prefill goes position by position; `own/last` prefills exactly in parallel and keeps only the
+last iteration from the first decoded token on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ StoreKey = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """One half of a policy: `kind` is own, selected, first or ring; `size` is the number of stores of a ring."""
+    """One half of a policy.
+
+    Attributes:
+        kind: own, selected, first, ring or stride.
+        size: number of stores of a ring, or of iterations that share a store of a stride.
+    """
 
     kind: str = "own"
     size: int = 0
@@ -37,23 +43,31 @@ class Sharing:
             return cls(kind=text)
         if text == "last":
             return cls(kind="ring", size=1)
-        match = re.fullmatch(r"ring\(([0-9]{1,6})\)", text)
-        if match is None or int(match[1]) < 1:
+        match = re.fullmatch(r"(ring|stride)\(([0-9]{1,6})\)", text)
+        if match is None or int(match[2]) < 1:
             raise ValueError(
-                f"cache policy {text!r} is unknown: use own, selected, last, first, ring(k), or a pair such as own/last"
+                f"cache policy {text!r} is unknown: use own, selected, last, first, ring(k), stride(k), or a pair "
+                "such as own/last"
             )
-        return cls(kind="ring", size=int(match[1]))
+        return cls(kind=match[1], size=int(match[2]))
 
     def __str__(self) -> str:
-        return f"ring({self.size})" if self.kind == "ring" else self.kind
+        return f"{self.kind}({self.size})" if self.size else self.kind
+
+    def place(self, iteration: int) -> int:
+        """The number of the store that an iteration uses."""
+        match self.kind:
+            case "ring":
+                return iteration % self.size
+            case "stride":
+                return iteration // self.size
+            case "first":
+                return 0
+        return iteration
 
     def store(self, slot: Slot) -> StoreKey:
         """The key of the store that a slot uses."""
-        if self.kind == "ring":
-            return slot.position, tuple(i % self.size for i in slot.iterations)
-        if self.kind == "first":
-            return slot.position, (0,) * len(slot.iterations)
-        return slot.key
+        return slot.position, tuple(map(self.place, slot.iterations))
 
     def reads_only(self, slot: Slot) -> bool:
         """True when the slot reads what another iteration wrote for the same token."""
@@ -62,12 +76,12 @@ class Sharing:
     @property
     def is_shared(self) -> bool:
         """True when several visits use one store."""
-        return self.kind in ("first", "ring")
+        return self.kind in ("first", "ring", "stride")
 
     @property
     def is_sequential(self) -> bool:
         """True when tokens depend on later iterations of earlier tokens, so that they are computed one by one."""
-        return self.kind == "ring"
+        return self.kind in ("ring", "stride")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,13 @@ from loopwise.loop.counts import Loops, Window, counted, hooks_of_call
 from loopwise.loop.execute import Hook, Visit, execute
 from loopwise.models.hub import find_cache, past_length, place_output_hooks, refuse_foreign_cache, with_view
 from loopwise.models.recompute import Recompute, play_recomputed, run_recomputed
-from loopwise.models.rerun import Rerun, plan_rerun, remember_inputs, without_cache
+from loopwise.models.rerun import Rerun, parameter_names, plan_rerun, remember_inputs, without_cache
 from loopwise.models.slicing import Axes, slice_call
 from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
 
+_OF_LOOPS = ("loops", "window", "loop_options")
+_STATE = "hidden_states"
 VISIT = "relaxation_visit"  # with this name a layer that has offsets is told which visit it is
 
 
@@ -108,8 +110,10 @@ class Frame:
         passes: Passes | None = None,
         hooks: Sequence[Hook] = (),
         collect_states: bool = False,
+        player: Player | None = None,
     ):
         self.looping = looping
+        self.player = player
         self.plan = plan
         self.owner = owner
         self.layers = cast(nn.ModuleList, owner._modules[looping.name])
@@ -151,7 +155,7 @@ class Frame:
                 hidden, [Placeholder(index, k) if flag else None for k, flag in enumerate(returns.extras)]
             )
         try:
-            self.played = self.play()
+            self.played = self.play() if self.player is None else self.player(self)
         except BaseException as error:
             if not isinstance(error, Exception):  # torch calls post-hooks after errors, but not after KeyboardInterrupt
                 self.looping.leave()
@@ -219,6 +223,30 @@ class Frame:
             self.states.append(output)
         return output
 
+    def run_alone(
+        self, slot: Slot, state_BTD: torch.Tensor, *, cache: Any, mask: torch.Tensor, **more: Any
+    ) -> torch.Tensor:
+        """Run one real layer on the whole span of the call, for a player.
+
+        Args:
+            slot: the visit.
+            state_BTD: what the layer reads.
+            cache: what the layer finds in the place of the cache of the call.
+            mask: attention mask in the place of the recorded one.
+            **more: further arguments of the layer.
+        """
+        index = slot.layer
+        args, kwargs = self.calls[index]
+        named = dict(zip(parameter_names(type(self.visited[index])), args, strict=False)) | kwargs
+        found = find_cache(named.values())
+        if found is not None:
+            named = {name: with_view(value, found, cache) for name, value in named.items()}
+        named |= {"attention_mask": mask} | more
+        if index in self.looping.relaxed:
+            named[VISIT] = self.visit_numbers[slot.key]
+        output = self.visited[index](state_BTD, **{name: value for name, value in named.items() if name != _STATE})
+        return output if isinstance(output, torch.Tensor) else output[0]
+
     def _call(self, slot: Slot, args: list[Any], kwargs: dict[str, Any]) -> Any:
         layer = self.visited[slot.layer]
         return (
@@ -244,6 +272,9 @@ class Frame:
             setattr(module, name, value)
         yield
         depth.module_state[slot.key] = [getattr(module, name) for module, name in modules]
+
+
+Player = Callable[[Frame], torch.Tensor]
 
 
 class Recorder(nn.Module):
@@ -387,6 +418,15 @@ class Looping:
         finally:
             self._calls.told = outer
 
+    @contextmanager
+    def played_by(self, player: Player) -> Iterator[None]:
+        """In calls of this thread, `player` makes the last state from what was recorded, in the place of the plan."""
+        outer, self._calls.player = getattr(self._calls, "player", None), player
+        try:
+            yield
+        finally:
+            self._calls.player = outer
+
     @property
     def told_names(self) -> tuple[str, ...]:
         """Arguments of a call that are for the components of loops."""
@@ -402,6 +442,13 @@ class Looping:
         try:
             if self.frame is not None:  # a call of this thread that KeyboardInterrupt ended before the layers ran
                 self.leave()
+            player = getattr(self._calls, "player", None)
+            if player is not None:
+                kwargs = {name: value for name, value in kwargs.items() if name not in _OF_LOOPS}
+                if "passes" in owner.__dict__:
+                    owner.passes = cast(Any, None)
+                self._show(owner, Frame(self, self.plan, owner, player=player))
+                return args, kwargs
             loops = kwargs.pop("loops", None)
             loops = self.loops if loops is None else loops
             window = kwargs.pop("window", None)
@@ -433,13 +480,17 @@ class Looping:
                 passes, hooks = self.make_passes(owner, plan, **of_call), []
             else:
                 passes, hooks = None, hooks_of_call(plan, window, rows)
-            self.frame = Frame(self, plan, owner, rerun=rerun, passes=passes, hooks=hooks, collect_states=bool(collect))
+            frame = Frame(self, plan, owner, rerun=rerun, passes=passes, hooks=hooks, collect_states=bool(collect))
+            self._show(owner, frame)
         except BaseException:
             self._lock.release()
             raise
+        return args, kwargs
+
+    def _show(self, owner: nn.Module, frame: Frame) -> None:
+        self.frame = frame
         self._calls.is_open = True
         owner._modules[self.name] = self.recorders
-        return args, kwargs
 
     def end(self, owner: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward post-hook of the owner, called after errors too: show the real layers again."""

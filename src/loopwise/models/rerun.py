@@ -76,7 +76,7 @@ def plan_rerun(
         )
     if sharing.is_shared and cache is None:
         cache_name = next(
-            (name for name in ("past_key_values", "cache_params") if name in _parameters(type(owner))), None
+            (name for name in ("past_key_values", "cache_params") if name in parameter_names(type(owner))), None
         )
         if cache_name is None:
             raise ValueError(
@@ -110,7 +110,7 @@ def without_cache(policy: CachePolicy, owner: nn.Module, kwargs: dict) -> dict:
             f"checkpointed loops run layers again, which cache policy {policy} does not provide for: train with policy "
             "own, or without checkpoint_loops"
         )
-    if find_cache(kwargs.values()) is None and "use_cache" in _parameters(type(owner)):
+    if find_cache(kwargs.values()) is None and "use_cache" in parameter_names(type(owner)):
         return kwargs | {"use_cache": False}
     return kwargs
 
@@ -200,9 +200,10 @@ def _first_input(named: dict) -> tuple[str, torch.Tensor]:
 
 def _named(owner: nn.Module, args: tuple, kwargs: dict) -> dict:
     """All arguments of the owner's forward by name."""
-    return {**dict(zip(_parameters(type(owner)), args, strict=False)), **kwargs}
+    return {**dict(zip(parameter_names(type(owner)), args, strict=False)), **kwargs}
 
 
 @lru_cache(maxsize=256)
-def _parameters(kind: type) -> tuple[str, ...]:
+def parameter_names(kind: type) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward, in order."""
     return tuple(inspect.signature(kind.forward).parameters)[1:]
