@@ -50,7 +50,7 @@ class Ladder:
             path, loop = main_loop(plan)
             if len(path) > 1:
                 raise ValueError(f"the main loop of {plan} is inside another loop: depth ends at an outer loop only")
-            (*_, first) = path
+            first: int = next(iter(path))
             inside = [slot for slot in slots if slot.position[0] == first]
             return cls(
                 plan=plan,
