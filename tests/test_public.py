@@ -38,6 +38,7 @@ VERBS = [
     "data",
     "inspect",
     "generate",
+    "serve",
     "score",
     "propose",
     "edit",

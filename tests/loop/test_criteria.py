@@ -14,11 +14,13 @@ from loopwise.loop.criteria import (
     EntropyHalting,
     KlHalting,
     LatentHalting,
+    MinpKlHalting,
     SecondDifferenceHalting,
 )
 
 CRITERIA = [
     KlHalting(threshold=0.03),
+    MinpKlHalting(threshold=0.03, min_p=0.5),
     EntropyHalting(threshold=0.1),
     LatentHalting(threshold=0.6),
     SecondDifferenceHalting(threshold=1.4),
@@ -32,6 +34,11 @@ CRITERIA = [
 def softmax(x):
     total = sum(math.exp(v) for v in x)
     return [math.exp(v) / total for v in x]
+
+
+def likely(x, min_p):
+    kept = [v if v >= min_p * max(x) else 1 / len(x) for v in x]
+    return [v / sum(kept) for v in kept]
 
 
 def norm(x):
@@ -48,6 +55,9 @@ def value_oracle(config, signals):
     match config:
         case KlHalting():
             return sum(p * math.log(p / q) for p, q in zip(softmax(prev), softmax(now), strict=True))
+        case MinpKlHalting():
+            pair = zip(likely(softmax(prev), config.min_p), likely(softmax(now), config.min_p), strict=True)
+            return sum(p * math.log(p / q) for p, q in pair)
         case EntropyHalting():
             return abs(sum(p * math.log(p) for p in softmax(prev)) - sum(p * math.log(p) for p in softmax(now)))
         case LatentHalting():
@@ -152,3 +162,10 @@ def test_patience_starts_again_after_a_change():
 def test_bad_values_are_refused(field):
     with pytest.raises(ValueError, match="must be at least"):
         LatentHalting(**field)
+
+
+def test_the_threshold_of_confidence_may_fall_while_a_text_is_decoded():
+    at = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(ConfidenceHalting(threshold=0.8).threshold_at(at), torch.full((3,), 0.8))
+    falling = ConfidenceHalting(threshold=0.8, decay=4.0).threshold_at(at).tolist()
+    assert falling == pytest.approx([0.9 * 0.8 + 0.1 * 0.8 * math.exp(-4 * t) for t in (0, 0.5, 1)])

@@ -27,6 +27,7 @@ from loopwise.cli.importing import Import
 from loopwise.cli.inspect import Inspect
 from loopwise.cli.propose import Propose
 from loopwise.cli.score import Score
+from loopwise.cli.serve import Serve
 from loopwise.cli.tasks import Tasks
 from loopwise.cli.tour import Tour
 from loopwise.cli.train import Recipes, Train
@@ -46,6 +47,7 @@ Command = (
     | Annotated[Data, subcommand("data", description="Build token shards from texts, or show what is in them.")]
     | Annotated[Inspect, subcommand("inspect", description="Show layers, the plan drawn, parameters and cost.")]
     | Annotated[Generate, subcommand("generate", description="Continue or answer a prompt, streaming.")]
+    | Annotated[Serve, subcommand("serve", description="Answer OpenAI-compatible HTTP requests, batched over depth.")]
     | Annotated[Score, subcommand("score", description="Perplexity of a text file under several plans, side by side.")]
     | Annotated[Propose, subcommand("propose", description="Say which layers to loop, tie or prune, and why.")]
     | Annotated[Edit, subcommand("edit", description="Grow, prune, reorder or tie layers, as a new folder.")]

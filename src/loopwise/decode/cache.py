@@ -75,7 +75,7 @@ class SlotCache:
         span: Span,
         length: int,
         *,
-        writes: bool = True,
+        writes: bool | torch.Tensor = True,
         reads: torch.Tensor | None = None,
     ) -> _View:
         """What a layer finds in the place of its cache during one visit.
@@ -86,34 +86,49 @@ class SlotCache:
             places: which of them each row of the span writes and reads: one for all, or int64 `[b]`.
             span: the tokens.
             length: how many positions are read, from 0.
-            writes: False returns what is there and forgets the new keys and values.
+            writes: False returns what is there and forgets the new keys and values; one for all, or bool `[b]`.
             reads: the store that each position is read from, int64 `[b, length]`, in the place of `places`.
         """
         return _View(self, key, num_places, places, span, length, writes, reads)
 
-    def copy(self, key: Any, rows_n: torch.Tensor, positions_n: torch.Tensor, source_n: torch.Tensor) -> None:
-        """Copy single tokens of a visit from one store to all that come after it.
+    def copy(
+        self,
+        key: Any,
+        rows_n: torch.Tensor,
+        positions_n: torch.Tensor,
+        source_n: torch.Tensor,
+        written_n: torch.Tensor,
+    ) -> None:
+        """Copy single tokens of a visit from one store to those that they have not reached.
 
         Args:
             key: names the visit.
             rows_n: rows of the tokens, int64 `[n]`.
             positions_n: their positions.
-            source_n: the store that each is in.
+            source_n: the store that is copied.
+            written_n: how many stores, from the first, each token has written.
         """
         for pair in self._pairs(key):
             for tensor in pair:
                 num_places = tensor.shape[0]
-                later = torch.arange(num_places, device=self.device)[:, None] > source_n
+                later = torch.arange(num_places, device=self.device)[:, None] >= written_n
                 place, token = later.nonzero().unbind(1)
                 rows, positions = rows_n[token], positions_n[token]
                 tensor[place, rows, :, positions] = tensor[source_n[token], rows, :, positions]
 
     def copy_visit(self, source: Any, target: Any, rows_n: torch.Tensor, positions_n: torch.Tensor) -> None:
-        """Copy single tokens of one visit to another of the same shape, each with a single store."""
-        pairs = {index: pair for (name, index), pair in self._stores.items() if name == source}
-        found = list(pairs.values())
-        for layer, (key, index) in enumerate([name for name in self._stores if name[0] == target]):
-            for tensor, other in zip(self._stores[key, index], found[layer], strict=True):
+        """Copy single tokens of one visit to another of the same shape, each with a single store.
+
+        Raises:
+            ValueError: their keys and values have other shapes.
+        """
+        for pair, others in zip(self._pairs(target), self._pairs(source), strict=True):
+            for tensor, other in zip(pair, others, strict=True):
+                if tensor.shape != other.shape:
+                    raise ValueError(
+                        f"keys and values of one layer have shape {list(other.shape[2:])}, of another "
+                        f"{list(tensor.shape[2:])}: they cannot be copied, use cache='propagate' or 'catch_up'"
+                    )
                 tensor[0, rows_n, :, positions_n] = other[0, rows_n, :, positions_n]
 
     def move(self, key: Any, rows_b: torch.Tensor, source: int, target: int) -> None:
@@ -121,6 +136,12 @@ class SlotCache:
         for pair in self._pairs(key):
             for tensor in pair:
                 tensor[target, rows_b] = tensor[source, rows_b]
+
+    def clear(self, row: int) -> None:
+        """Forget a row: masked positions are not read, but what is not finite there would still spoil a sum."""
+        for pair in self._stores.values():
+            for tensor in pair:
+                tensor[:, row] = 0
 
     def _pairs(self, key: Any) -> list[list[torch.Tensor]]:
         return [pair for (name, _), pair in self._stores.items() if name == key]
@@ -151,7 +172,7 @@ class _View:
         places: int | torch.Tensor,
         span: Span,
         length: int,
-        writes: bool,
+        writes: bool | torch.Tensor,
         reads: torch.Tensor | None,
     ):
         self._cache, self._key, self._num_places = cache, key, num_places
@@ -172,8 +193,11 @@ class _View:
         places = self._places
         if isinstance(places, int):
             places = torch.full_like(span.rows_b, places)
-        if self._writes:
-            where = torch.where(span.valid_bt, span.positions_bt, self._cache.capacity)
+        if self._writes is not False:
+            valid_bt = span.valid_bt
+            if isinstance(self._writes, torch.Tensor):
+                valid_bt = valid_bt & self._writes[:, None]
+            where = torch.where(valid_bt, span.positions_bt, self._cache.capacity)
             for tensor, part in zip(store, new, strict=True):
                 # Indices apart from each other: the axis of heads comes last but one in what is assigned.
                 tensor[places[:, None], span.rows_b[:, None], :, where] = part.transpose(1, 2).to(tensor.dtype)

@@ -13,6 +13,11 @@ Rungs with the same weights and rungs with weights of their own are different ca
 is what the loop itself would nearly have made (path independence), a copy between distinct layers is what another
 function made. `propagate` is meant for the second case, `copy` for the first; each runs for both and says so.
 
+Stores that iterations share (first, last, ring, stride) hold the latest iteration of each token that used them; where a
+token left before it used one, that one holds a copy of its last. They exist for the iterations of a loop only.
+
+With every rule a row is independent of the others of its batch.
+
 Exact means equal to a computation without a cache in which every token has exactly the depth that it had: for
 `monotone` a later token sees earlier ones at its own depths only, for `catch_up` at full depth.
 """
@@ -68,7 +73,8 @@ class StorePolicy:
     def __str__(self) -> str:
         if self.decode.kind == "own":
             return self.skipped
-        return str(self.decode) if self.prefill == self.decode else f"{self.prefill}/{self.decode}"
+        decode = "last" if self.decode == Sharing.parse("last") else str(self.decode)
+        return decode if self.prefill == self.decode else f"{self.prefill}/{decode}"
 
     @property
     def is_exact(self) -> bool:

@@ -27,7 +27,7 @@ from transformers import DynamicLayer
 import loopwise
 from loopwise.decode.cache import SlotCache, Span
 from loopwise.decode.ladder import Ladder
-from loopwise.decode.rules import StorePolicy
+from loopwise.decode.rules import SKIPPED, StorePolicy
 from loopwise.loop.passes import LoopModule
 from loopwise.loop.state import NormalState, RowSeeds, make
 from loopwise.models.hub import layer_list, new_cache, probe_inputs
@@ -111,6 +111,11 @@ class Runner:
         plan = looping.plan if loops is None else looping.plan.with_loops(loops)
         self.ladder = Ladder.of(plan, exits)
         self.policy = StorePolicy.parse(cache) if isinstance(cache, str) else cache
+        if not self.ladder.is_shared and self.policy.decode.kind != "own":
+            raise ValueError(
+                f"cache policy {self.policy} shares stores between iterations of a loop, the rungs of this model have "
+                f"weights of their own: use {', '.join(SKIPPED)}"
+            )
         self.module = self._loop_module(plan)
         model.eval()
         self.device = next(model.parameters()).device
@@ -192,6 +197,13 @@ class Runner:
 
         return self._call(span, script, with_head=True)
 
+    def entering(
+        self, span: Span, carry: Carry, rung: int | torch.Tensor, counts: int | torch.Tensor = 0
+    ) -> torch.Tensor:
+        """What the first layer of a rung is about to read, `[b, t, D]`; arguments as those of `climb`."""
+        total = counts if isinstance(counts, torch.Tensor) else (counts or self.ladder.num_rungs)
+        return self._begin(span, carry, rung, total)
+
     def gate(self, carry: Carry) -> torch.Tensor:
         """Probability to leave of the loop's gate, `[b, t]`.
 
@@ -226,22 +238,23 @@ class Runner:
     def left(self, span: Span, carry: Carry, depth: int | torch.Tensor) -> None:
         """Tokens have left after so many rungs: fill what the policy wants for the deeper ones.
 
+        What it computes are keys and values alone, no whole visits: `visits` does not count them. `monotone` and
+        `catch_up` want nothing here, see `skipped.SkippedDepth`.
+
         Args:
             span: the tokens.
-            carry: with what they left.
+            carry: the state with which they left the last rung.
             depth: rungs that they ran, one number or `[b]`.
         """
-        rungs = self.ladder.num_rungs
-        if self._sharing.kind in ("first",) or self.num_places == 1:
+        if self._sharing.kind == "first":
             return
         depth_b = torch.as_tensor(depth, device=self.device).expand(len(span.rows_b))
+        if bool((depth_b >= self.ladder.num_rungs).all()):
+            return
         if self.policy.skipped == "copy" or (self.policy.skipped == "latest" and not self.ladder.is_shared):
             self._copy(span, depth_b)
         elif self.policy.skipped == "propagate":
-            for rung in range(int(depth_b.min()), rungs):
-                index = (depth_b <= rung).nonzero()[:, 0]
-                if len(index):
-                    self._propagate(span.take(index), carry.take(index), rung)
+            self._propagate(span, carry, depth_b)
 
     # The parts of a call.
 
@@ -301,10 +314,7 @@ class Runner:
                 places = torch.tensor([self._sharing.place(r) for r in rung.tolist()], device=self.device)
         writes = options.pop("writes", True)
         if self._sharing.kind == "first":
-            first = rung == 0
-            if isinstance(first, torch.Tensor):
-                raise ValueError("cache policy first needs rows at the same rung")
-            writes = first
+            writes = rung == 0
         return self.cache.view(
             self._rung_key(slot), self.num_places, places, span, length, writes=writes, reads=reads, **options
         )
@@ -448,35 +458,38 @@ class Runner:
         if not len(index):
             return
         b, t = index.unbind(1)
-        rows, positions, source = span.rows_b[b], span.positions_bt[b, t], depth_b[b] - 1
+        rows, positions, depth_n = span.rows_b[b], span.positions_bt[b, t], depth_b[b]
         if self.ladder.is_shared:
-            for slot in self.ladder.rungs[0]:
-                self.cache.copy(self._rung_key(slot), rows, positions, source)
+            places = [self._sharing.place(rung) for rung in range(self.ladder.num_rungs)]
+            written = [1 + max(places[: rung + 1]) for rung in range(self.ladder.num_rungs)]
+            source_n, written_n = (torch.tensor(table, device=self.device)[depth_n - 1] for table in (places, written))
+            lacks = written_n < written[-1]
+            for slot in self.ladder.rungs[0] if bool(lacks.any()) else ():
+                self.cache.copy(self._rung_key(slot), rows[lacks], positions[lacks], source_n[lacks], written_n[lacks])
             return
-        for one_depth in set(depth_b[b].tolist()):
-            chosen = depth_b[b] == one_depth
-            source_slot = self.ladder.rungs[one_depth - 1][-1]
-            for rung in self.ladder.rungs[one_depth:]:
-                for slot in rung:
-                    self.cache.copy_visit(
-                        self._rung_key(source_slot), self._rung_key(slot), rows[chosen], positions[chosen]
-                    )
+        for depth in set(depth_n.tolist()):
+            chosen = depth_n == depth
+            source = self._rung_key(self.ladder.rungs[depth - 1][-1])
+            for slot in (slot for rung in self.ladder.rungs[depth:] for slot in rung):
+                self.cache.copy_visit(source, self._rung_key(slot), rows[chosen], positions[chosen])
 
-    def _propagate(self, span: Span, carry: Carry, rung: int) -> None:
-        begun_btD = self._begin(span, carry, rung, self.ladder.num_rungs)
-        more = self._arguments(begun_btD, rung, self.ladder.num_rungs)
-        length = int(span.positions_bt.max()) + 1
+    def _propagate(self, span: Span, carry: Carry, depth_b: torch.Tensor) -> None:
+        """Keys and values of the deeper rungs, from the state with which tokens left."""
+        length, total = int(span.positions_bt.max()) + 1, self.ladder.num_rungs
 
         def script(frame: Frame) -> torch.Tensor:
-            for slot in self.ladder.rungs[rung]:
-                mask = self._mask(span, length, self.windows[slot.layer], rung)
-                view = self._view(span, slot, length, rung)
-                view.only_writes = True
-                try:
-                    frame.run_alone(slot, begun_btD, cache=view, mask=mask, **more)
-                except view.WrittenError:
-                    continue
-            return begun_btD
+            for rung in range(int(depth_b.min()), total):
+                begun_btD = self._begin(span, carry, rung, total)
+                more = self._arguments(begun_btD, rung, total)
+                for slot in self.ladder.rungs[rung]:
+                    mask = self._mask(span, length, self.windows[slot.layer], rung)
+                    view = self._view(span, slot, length, rung, writes=depth_b <= rung)
+                    view.only_writes = True
+                    try:
+                        frame.run_alone(slot, begun_btD, cache=view, mask=mask, **more)
+                    except view.WrittenError:
+                        continue
+            return carry.state_btD
 
         self._call(span, script)
 

@@ -39,8 +39,8 @@ class Sampling:
             raise ValueError(f"top_p {self.top_p}: above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p {self.min_p}: from 0 to 1")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed {self.seed}: a number of 64 bits")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed}: a whole number of 64 bits")
 
     @property
     def is_greedy(self) -> bool:
@@ -53,7 +53,8 @@ class Sampling:
         if self.is_greedy:
             best = logits_V.argmax(-1, keepdim=True)
             return torch.zeros_like(logits_V).scatter_(-1, best, 1.0)
-        logits_V = logits_V / self.temperature
+        # Below the largest, so that a tiny temperature gives 0 and -inf and no overflow; float32 ends near 1e-38.
+        logits_V = (logits_V - logits_V.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
         if 0 < self.top_k < logits_V.shape[-1]:
             least = logits_V.topk(self.top_k, dim=-1).values[..., -1:]
             logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
@@ -63,7 +64,8 @@ class Sampling:
         if self.top_p < 1:
             sorted_V, order = p_V.sort(-1, descending=True)
             before_V = sorted_V.cumsum(-1) - sorted_V
-            sorted_V = sorted_V.masked_fill(before_V >= self.top_p * p_V.sum(-1, keepdim=True), 0.0)
+            out_V = (before_V > 0) & (before_V >= self.top_p * p_V.sum(-1, keepdim=True))  # never the likeliest
+            sorted_V = sorted_V.masked_fill(out_V, 0.0)
             p_V = torch.zeros_like(p_V).scatter_(-1, order, sorted_V)
         return p_V / p_V.sum(-1, keepdim=True)
 

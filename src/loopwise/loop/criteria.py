@@ -2,7 +2,7 @@
 
 Shapes: B batch rows, T tokens, D width, V vocabulary; every function works on any leading shape.
 
-Sources: the evaluators of Huginn (2502.05171) for KL, entropy, latent, argmax and cosine with their default
+Sources: the evaluators of Huginn (2502.05171) for KL, min-p KL, entropy, latent, argmax and cosine with their default
 thresholds; the second difference of 2509.23314; the confidence of CALM (2207.07061). Each token is judged by itself:
 Huginn's file averages over positions where it judges a whole row.
 
@@ -26,6 +26,16 @@ from loopwise.loop.config import Component
 def kl_change(prev_BTV: torch.Tensor, now_BTV: torch.Tensor) -> torch.Tensor:
     """`KL(prev || now)` between the predictions of two logit tensors `[..., V]` -> `[...]`, in nats."""
     prev_BTV, now_BTV = F.log_softmax(prev_BTV, -1), F.log_softmax(now_BTV, -1)
+    return F.kl_div(now_BTV, prev_BTV, reduction="none", log_target=True).sum(-1)
+
+
+def minp_kl_change(prev_BTV: torch.Tensor, now_BTV: torch.Tensor, min_p: float = 0.1) -> torch.Tensor:
+    """`KL(prev || now)` of what is likely in two logit tensors `[..., V]` -> `[...]`, in nats.
+
+    Before they are compared, probabilities below `min_p` times the largest become 1/V and the rest is scaled so that
+    the sum is 1: tokens that nobody would sample do not keep a loop running.
+    """
+    prev_BTV, now_BTV = _likely(prev_BTV, min_p).log(), _likely(now_BTV, min_p).log()
     return F.kl_div(now_BTV, prev_BTV, reduction="none", log_target=True).sum(-1)
 
 
@@ -164,6 +174,30 @@ class KlHalting(Criterion):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MinpKlHalting(Criterion):
+    """Stop when `KL(prev || now)` of the likely tokens is small (Huginn's "minp-kl").
+
+    Attributes:
+        min_p: see `minp_kl_change`, above 0 and at most 1.
+    """
+
+    kind: ClassVar[str | None] = "halting.minp_kl"
+    reads: ClassVar[Literal["logits", "state"]] = "logits"
+    threshold: float = 1e-5
+    min_p: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.require(0 < self.min_p <= 1, "min_p", "must be above 0 and at most 1")
+
+    def value(self, *signals: torch.Tensor) -> torch.Tensor:
+        """See `minp_kl_change`."""
+        prev_BTV, now_BTV = signals
+        return minp_kl_change(prev_BTV, now_BTV, self.min_p)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EntropyHalting(Criterion):
     """Stop when the entropy of the prediction hardly changes (Huginn's "entropy-diff")."""
 
@@ -238,6 +272,8 @@ class ConfidenceHalting(Criterion):
     Attributes:
         threshold: from 0 to 1; a token stops at or above it.
         measure: see `confidence`; CALM's paper has "gap", its code "top".
+        decay: tau of CALM's threshold that falls while a text is decoded, see `threshold_at`; 0 keeps it, CALM has 4.
+            Read by decoders, which know how far a text is.
     """
 
     kind: ClassVar[str | None] = "halting.confidence"
@@ -245,6 +281,17 @@ class ConfidenceHalting(Criterion):
     num_signals: ClassVar[int] = 1
     threshold: float = 0.9
     measure: Literal["top", "gap"] = "top"
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.require(self.threshold <= 1, "threshold", "must be from 0 to 1")
+        self.require(self.decay >= 0, "decay", "must be at least 0")
+
+    def threshold_at(self, progress_B: torch.Tensor) -> torch.Tensor:
+        """`threshold (0.9 + 0.1 exp(-decay progress))`, progress from 0 (first new token) to 1 (the last possible)."""
+        return self.threshold * (0.9 + 0.1 * torch.exp(-self.decay * progress_B))
 
     def value(self, *signals: torch.Tensor) -> torch.Tensor:
         """See `confidence`."""
@@ -257,3 +304,9 @@ class ConfidenceHalting(Criterion):
 def _entropy(logits_BTV: torch.Tensor) -> torch.Tensor:
     log_p_BTV = F.log_softmax(logits_BTV, -1)
     return -(log_p_BTV.exp() * log_p_BTV).sum(-1)
+
+
+def _likely(logits_BTV: torch.Tensor, min_p: float) -> torch.Tensor:
+    p_BTV = logits_BTV.softmax(-1)
+    kept_BTV = torch.where(p_BTV < min_p * p_BTV.amax(-1, keepdim=True), 1 / p_BTV.shape[-1], p_BTV)
+    return kept_BTV / kept_BTV.sum(-1, keepdim=True)
