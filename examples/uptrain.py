@@ -16,7 +16,7 @@ from demo import TEXT, find_weights
 
 from loopwise.cli.main import main, one_line
 
-OPERATOR = "recursive(2, middle_cycle, stepwise, rank=64)"
+OPERATOR = "recursive(2, middle_cycle, average, rank=64)"
 STEPS = 20
 
 
