@@ -89,7 +89,7 @@ def test_a_port_in_use_is_refused(refused: Refused, saved_model: Path) -> None:
         (["--plan", PLAN, "--loops", 4, "--max-loops", 2], "max_loops 2 is below loops 4"),
         (["--max-loops", 2], "no loop"),
         (["--plan", PLAN, "--cache", "nosuch"], "nosuch"),
-        (["--plan", PLAN, "--cache", "catch_up"], "catch_up"),
+        (["--plan", PLAN, "--cache", "own/last"], "own/last"),
         (["--plan", PLAN, "--halt", "nosuch"], "nosuch"),
         (["--plan", PLAN, "--halt", "hazard(threshold=0.5)"], "gate"),
         (["--max-requests", 0], "max_requests 0"),

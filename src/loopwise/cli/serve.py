@@ -27,7 +27,7 @@ class Serve(common.Source):
     max_loops: Annotated[int | None, arg(metavar="INT")] = None
     """the most iterations of the main loop that a request may ask for; without it those of --loops or the plan"""
     cache: Annotated[str, arg(metavar="POLICY")] = "own"
-    """how depth is stored: own, latest, propagate, absent, last, first, ring(k), stride(k)"""
+    """how depth is stored: own, last, first, ring(k), stride(k), or a rule for skipped depth such as latest"""
     halt: Annotated[str | None, arg(metavar="RULE")] = None
     """halting rule of requests that name none, such as "kl(threshold=1e-3)"; without it every iteration runs"""
     max_requests: int = 8

@@ -29,12 +29,14 @@ class Chunk:
 
     Attributes:
         rows: whose they are, all with the same count.
+        lengths: how many tokens of each.
         span: their tokens, `[b, t]`.
         carry: what they have.
         rung: how many rungs they have run.
     """
 
     rows: list[Row]
+    lengths: list[int]
     span: Span
     carry: Carry
     rung: int = 0
@@ -160,7 +162,7 @@ class Batch:
         chunk.carry = self.runner.climb(chunk.span, chunk.carry, chunk.rung, chunk.rows[0].count)
         chunk.rung += 1
         self._counts["prompt_executed"] += chunk.span.tokens_bt.numel()
-        self._counts["prompt_useful"] += int(chunk.span.valid_bt.sum())
+        self._counts["prompt_useful"] += sum(chunk.lengths)
         if chunk.rung == chunk.rows[0].count:
             self._chunk = None
             self._end_chunk(chunk)
@@ -178,18 +180,17 @@ class Batch:
             tokens_bt=torch.tensor(tokens, device=self.device),
             positions_bt=torch.tensor(positions, device=self.device),
         )
-        return Chunk(rows=rows, span=span, carry=self.runner.enter(span))
+        return Chunk(rows=rows, lengths=[length for _, length in parts], span=span, carry=self.runner.enter(span))
 
     def _end_chunk(self, chunk: Chunk) -> None:
-        lengths = chunk.span.valid_bt.sum(1).tolist()
-        for row, length in zip(chunk.rows, lengths, strict=True):
+        for row, length in zip(chunk.rows, chunk.lengths, strict=True):
             row.fed += length
         ended = [place for place, row in enumerate(chunk.rows) if row.fed == len(row.request.prompt)]
         if not ended and not self.runner.ladder.tail:
             return
         logits_btV = self.runner.leave(chunk.span, chunk.carry)
         if ended:
-            last = torch.tensor([lengths[place] - 1 for place in ended], device=self.device)
+            last = torch.tensor([chunk.lengths[place] - 1 for place in ended], device=self.device)
             logits_bV = logits_btV[torch.tensor(ended, device=self.device), last]
             rows = [chunk.rows[place] for place in ended]
             for row in rows:
@@ -203,6 +204,7 @@ class Batch:
             return
         chunk, index = self._chunk, torch.tensor(places, device=self.device)
         chunk.rows = [chunk.rows[place] for place in places]
+        chunk.lengths = [chunk.lengths[place] for place in places]
         chunk.span, chunk.carry = chunk.span.take(index), chunk.carry.take(index)
 
     # Tokens.
@@ -266,23 +268,18 @@ class Batch:
             self._skipped.left(span.take(index), carry.take(index), depths)
 
     def _leave(self, rows: list[Row]) -> None:
-        if not self.runner.ladder.tail:  # of a prompt computed token by token only the last is read
-            self._go_on([row for row in rows if not row.is_read])
-            rows = [row for row in rows if row.is_read]
-        if not rows:
-            return
-        unread = [row for row in rows if row.slot not in self._read]
+        read, others = [row for row in rows if row.is_read], [row for row in rows if not row.is_read]
+        # Of a prompt computed token by token, the coda needs keys and values of every token, the head only the last.
+        unread = [row for row in (rows if self.runner.ladder.tail else read) if row.slot not in self._read]
         found: dict[int, torch.Tensor] = {}
         if unread:
             span = self._span(unread)
             logits_bV = self.runner.leave(span, self._taken(span.rows_b))[:, 0]
             found = dict(zip((row.slot for row in unread), logits_bV, strict=True))
-        self._go_on([row for row in rows if not row.is_read])
-        rows = [row for row in rows if row.is_read]
-        if rows:
-            self._choose(
-                rows, torch.stack([(found if row.slot in found else self._read).pop(row.slot) for row in rows])
-            )
+        self._go_on(others)
+        if read:
+            logits = [(found if row.slot in found else self._read).pop(row.slot) for row in read]
+            self._choose(read, torch.stack(logits))
 
     @staticmethod
     def _go_on(rows: list[Row]) -> None:

@@ -256,8 +256,8 @@ def _vocabulary(model: Any) -> int:
 def _refuse_cache(policy: StorePolicy) -> None:
     if policy.prefill != policy.decode:
         raise ValueError(
-            f"cache policy {policy} changes after the prompt, and rows of a batch end their prompts at other times: use "
-            f"own or {policy.decode}"
+            f"cache policy {policy} changes after the prompt, and rows of a batch end theirs at other times: use own, "
+            f"last, first, ring(k) or stride(k)"
         )
 
 

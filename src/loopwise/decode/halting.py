@@ -127,16 +127,16 @@ def parse_halting(text: str) -> Component:
 
 
 def halting_text(rule: Component) -> str:
-    """The text of a rule that `parse_halting` reads: fields that differ from their defaults."""
+    """The text of a rule, as `parse_halting` reads it: fields that differ from their defaults."""
     name = next((name for name, found in RULES.items() if type(rule) is found), None)
     if name is None:
         return str(rule.kind).removeprefix("halting.")
-    told = []
+    told, first = [], _FIRST.get(name, "threshold")
     for field in fields(rule):
         value = getattr(rule, field.name)
         if field.default is MISSING or value != field.default:
-            told.append(f"{field.name}={value}")
-    return f"{name}({', '.join(told)})" if told else name
+            told.append((field.name != first, f"{value}" if field.name == first else f"{field.name}={value}"))
+    return f"{name}({', '.join(text for _, text in sorted(told))})" if told else name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,8 +19,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 _COUNTERS = (
     ("loopwise_engine_ticks", "ticks", "steps of the engine"),
     ("loopwise_engine_tokens", "tokens", "tokens that were made"),
-    ("loopwise_row_iterations_executed", "executed_row_iterations", "rows in runs of the core"),
+    ("loopwise_core_runs", "core_runs", "runs of one iteration for new tokens"),
+    ("loopwise_row_iterations_executed", "executed_row_iterations", "rows in those runs"),
     ("loopwise_row_iterations_useful", "useful_row_iterations", "those of them that a live request needed"),
+    ("loopwise_prompt_iterations_executed", "prompt_executed_iterations", "iterations of tokens of prompts, padded"),
+    ("loopwise_prompt_iterations_useful", "prompt_useful_iterations", "those of them that were not padding"),
 )
 _GAUGES = (
     ("loopwise_slots", "max_requests", "slots for requests"),
