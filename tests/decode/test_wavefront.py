@@ -14,6 +14,8 @@ from tiny import tiny_model
 import loopwise
 from loopwise.checkpoints.loading import import_checkpoint
 from loopwise.decode.freezing import acceleration, frontier, latent_change, mix_noise
+from loopwise.decode.result import next_span, prompt_span
+from loopwise.decode.runner import Runner
 from loopwise.decode.sampling import Sampling
 from loopwise.decode.sequential import decode_sequential
 from loopwise.decode.wavefront import WaveConfig, decode_wavefront
@@ -158,6 +160,63 @@ def test_frozen_positions_leave_keys_of_every_iteration():
     assert len({depth for row in copied.depths for depth in row}) > 3
     assert copied.tokens == latest.tokens and copied.depths == latest.depths
     assert copied.tokens != absent.tokens
+
+
+def latent(states, predicted):
+    return (states[-1] - states[-2]).norm() / states[-1].norm() < 0.4
+
+
+def accelerated(states, predicted):
+    if len(states) < 3:
+        return False
+    return ((states[-1] - states[-2]) - (states[-2] - states[-3])).norm() / states[-1].norm() < 0.6
+
+
+def stable(states, predicted):
+    return len(predicted) > 2 and len(set(predicted[-3:])) == 1
+
+
+@torch.no_grad()
+def token_by_token(name, prompt, seed, rule, inner, cache):
+    """A wave of one position, written down plainly."""
+    runner = Runner(model_of(name), num_rows=1, capacity=40, loops=8, cache=cache, seeds=[seed])
+    token = int(runner.prefill(prompt_span([prompt], runner.device))[1].argmax())
+    tokens, depths = [token], [8]
+    while len(tokens) < 12:
+        span = next_span([0], [token], [len(prompt) + len(tokens) - 1], runner.device)
+        carry = runner.enter(span)
+        states, predicted, depth = [carry.state_btD], [], 0
+        while depth < 8 and not (predicted and rule(states, predicted)):
+            for _ in range(min(inner, 8 - depth)):
+                carry = runner.climb(span, carry, depth)
+                depth += 1
+            states.append(carry.state_btD)
+            predicted.append(int(runner.leave(span, carry).argmax()))
+        runner.left(span, carry, depth)
+        token = predicted[-1]
+        tokens.append(token)
+        depths.append(depth)
+    return tokens, depths
+
+
+@pytest.mark.parametrize(
+    ("setting", "rule"),
+    [
+        ({"freeze": "latent", "threshold": 0.4}, latent),
+        ({"freeze": "acceleration", "threshold": 0.6}, accelerated),
+        ({"freeze": "stable", "patience": 2}, stable),
+    ],
+    ids=["latent", "acceleration", "stable"],
+)
+@pytest.mark.parametrize(("inner", "cache"), [(1, "own"), (2, "own/last"), (3, "propagate")])
+def test_every_rule_freezes_when_it_says(setting, rule, inner, cache):
+    options = {"loops": 8, "cache": cache}
+    found = wave_of("huginn", inner=inner, width=1, max_new_tokens=12, options=options, **setting)
+    for row, prompt in enumerate(PROMPTS):
+        want = token_by_token("huginn", prompt, SEEDS[row], rule, inner, cache)
+        assert (found.tokens[row], found.depths[row]) == want
+    if inner == 1:
+        assert len({depth for depths in found.depths for depth in depths}) > 1
 
 
 @pytest.mark.parametrize("setting", SETTINGS[:5], ids=lambda item: "-".join(map(str, item.values())) or "default")

@@ -33,6 +33,7 @@ from loopwise.loop.state import NormalState, RowSeeds, make
 from loopwise.models.hub import layer_list, new_cache, probe_inputs
 from loopwise.models.loop_parts import NAME as LOOPS
 from loopwise.models.playing import Frame, Looping, looping_of, owner_of
+from loopwise.models.rerun import parameter_names
 from loopwise.plan.nodes import Slot
 from loopwise.plan.plans import Plan
 
@@ -266,7 +267,8 @@ class Runner:
             played.append(script(frame))
             return played[0]
 
-        module = self.model if with_head else self.owner
+        # What owns the layers may be an encoder inside that takes no tokens.
+        module = self.model if with_head or "input_ids" not in parameter_names(type(self.owner)) else self.owner
         arguments = {
             "input_ids": span.tokens_bt,
             "position_ids": span.positions_bt.clamp(min=0),
@@ -537,6 +539,15 @@ def try_out(model: nn.Module) -> None:
     Raises:
         ValueError: it cannot be taken apart, or gives other logits.
     """
+    try:
+        _try_out(model)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+        # Layers that want more of their cache, or of a call, than a visit gives them.
+        told = str(error).splitlines()[0] if str(error) else ""
+        raise ValueError(f"taken apart it fails ({type(error).__name__}: {told[:80]})") from error
+
+
+def _try_out(model: nn.Module) -> None:
     ids_BT = probe_inputs(model)["input_ids"]
     zero = torch.zeros((), device=ids_BT.device)
     runner = Runner(model, num_rows=len(ids_BT), capacity=ids_BT.shape[1])

@@ -237,14 +237,16 @@ class Frame:
         """
         index = slot.layer
         args, kwargs = self.calls[index]
-        named = dict(zip(parameter_names(type(self.visited[index])), args, strict=False)) | kwargs
+        names = parameter_names(type(self.visited[index]))
+        named = dict(zip(names, args, strict=False)) | kwargs
         found = find_cache(named.values())
         if found is not None:
             named = {name: with_view(value, found, cache) for name, value in named.items()}
         named |= {"attention_mask": mask} | more
         if index in self.looping.relaxed:
             named[VISIT] = self.visit_numbers[slot.key]
-        output = self.visited[index](state_BTD, **{name: value for name, value in named.items() if name != _STATE})
+        named = {name: value for name, value in named.items() if name not in (_STATE, names[0])}
+        output = self.visited[index](state_BTD, **named)
         return output if isinstance(output, torch.Tensor) else output[0]
 
     def _call(self, slot: Slot, args: list[Any], kwargs: dict[str, Any]) -> Any:
