@@ -1,6 +1,6 @@
 """What depth-wise batching gains: `loopwise serve` under one load beside itself with sequence-level batching.
 
-A small random looped model (1 layer, 2 that loop up to 8 times, 1 layer, width 64) is saved into a temporary folder and
+A small random looped model (1 layer, 4 that loop up to 8 times, 1 layer, width 64) is saved into a temporary folder and
 served on loopback by two processes: the engine, and the same engine with sequence-level batching with compaction (all
 rows of a batch as deep as the deepest, finished sequences replaced between tokens). This process is the client. Every
 request has a prompt, a seed, a number of iterations (uniform from 1 to 8) and a length of its own, and its answer is
@@ -46,8 +46,8 @@ from loopwise.models.rotary import RotaryConfig
 LOOPS = 8
 WIDTH = 64
 SLOTS = 16
-CAPACITY = 64
-TOKENS = (8, 24)
+CAPACITY = 96
+TOKENS = (12, 36)
 PROMPT_CHARACTERS = (4, 24)
 EOS = 0
 MIN_USEFUL = 0.85
@@ -119,9 +119,9 @@ def looped_model(vocabulary: int) -> Any:
     config = LoopwiseDecoderConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         blocks=[block.to_dict()],
-        plan=f"0 core:(1-2)x{LOOPS} 3",
+        plan=f"0 core:(1-4)x{LOOPS} 5",
         loops={"core": {"update": {"kind": "update.add"}}},
         norm={},
         initializer_range=0.2,
@@ -343,7 +343,7 @@ async def measure(depth: Served, sequence: Served, jobs: Sequence[Job], pairs: i
     """All of it."""
     blocks, rate = await saturated(depth, sequence, jobs, pairs)
     entries = throughput_entries(blocks)
-    some = jobs[: max(len(jobs) // 2, 1)]
+    some = jobs[: max(len(jobs) // 4, 1)]
     calm = []
     for name, side in (("depth-wise", depth), ("sequence-level", sequence)):
         calm.append(await side.run(some, LOAD * rate, seed=-1))

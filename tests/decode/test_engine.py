@@ -303,6 +303,20 @@ def test_numbers_that_are_not_finite_end_one_request_only():
         assert watched.found[number][0] == alone(model, watched.requests[number])[0]
 
 
+def test_what_is_not_finite_leaves_with_a_cancelled_request():
+    model = looped(count=3)
+    model.get_input_embeddings().weight.data[50] = float("nan")
+    engine = Engine(model, max_requests=1, capacity=40, prefill_chunk=4)
+    watched = Watched(engine)
+    bad = watched.submit(Request([50] * 30, 4))
+    for _ in range(9):
+        watched.step()
+    assert engine.cancel(bad)
+    good = watched.submit(Request([1, 2, 3], 6))
+    watched.drain()
+    assert watched.found[good][0] == alone(model, watched.requests[good])[0]
+
+
 def test_work_is_counted():
     model, depths = looped(count=6), [1, 2, 3, 6]
     found = {}

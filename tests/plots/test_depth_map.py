@@ -60,7 +60,7 @@ def test_letters_are_those_of_the_text_in_order() -> None:
 
 
 def figure_letters(figure: Figure) -> str:
-    letters = sorted((item for item in figure.axes[0].texts), key=lambda item: (item.get_position()[::-1]))
+    letters = sorted((item for item in figure.axes[0].texts), key=lambda item: item.get_position()[::-1])
     return "".join(item.get_text() for item in letters)
 
 

@@ -6,7 +6,7 @@ Shapes: B slots, b rows of a call, t tokens of a chunk, D width, V vocabulary.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from loopwise.decode.cache import Span
 from loopwise.decode.halting import FixedDepth
 from loopwise.decode.judging import Judges
+from loopwise.decode.prompts import Chunk
 from loopwise.decode.request import Event
 from loopwise.decode.result import next_span
 from loopwise.decode.runner import Carry, Runner
@@ -21,25 +22,6 @@ from loopwise.decode.sampling import GREEDY, Samplers
 from loopwise.decode.scheduler import Phase, Row, Scheduler, by_count
 from loopwise.decode.skipped import SkippedDepth
 from loopwise.loop.config import Component
-
-
-@dataclass(kw_only=True, eq=False)
-class Chunk:
-    """Parts of prompts on their way through the rungs together.
-
-    Attributes:
-        rows: whose they are, all with the same count.
-        lengths: how many tokens of each.
-        span: their tokens, `[b, t]`.
-        carry: what they have.
-        rung: how many rungs they have run.
-    """
-
-    rows: list[Row]
-    lengths: list[int]
-    span: Span
-    carry: Carry
-    rung: int = 0
 
 
 class Batch:
@@ -90,10 +72,12 @@ class Batch:
         if row is None:
             return False
         self._counts["cancelled"] += 1
-        self._read.pop(row.slot, None)
+        if row.slot >= 0:
+            self._read.pop(row.slot, None)
+            self.runner.cache.clear(row.slot)  # nobody has looked whether its numbers are finite
         self._events = [event for event in self._events if event.request_id != request_id]
-        if self._chunk is not None and row in self._chunk.rows:
-            self._keep([place for place, other in enumerate(self._chunk.rows) if other is not row])
+        if self._chunk is not None:
+            self._chunk = self._chunk.without(row)
         return True
 
     def tick(self) -> list[Event]:
@@ -157,7 +141,7 @@ class Batch:
             parts = self.scheduler.next_chunk(self.prefill_chunk)
             if not parts:
                 return
-            self._chunk = self._new_chunk(parts)
+            self._chunk = Chunk.of(parts, self.runner)
         chunk = self._chunk
         chunk.carry = self.runner.climb(chunk.span, chunk.carry, chunk.rung, chunk.rows[0].count)
         chunk.rung += 1
@@ -166,21 +150,6 @@ class Batch:
         if chunk.rung == chunk.rows[0].count:
             self._chunk = None
             self._end_chunk(chunk)
-
-    def _new_chunk(self, parts: list[tuple[Row, int]]) -> Chunk:
-        longest = max(length for _, length in parts)
-        tokens, positions = [], []
-        for row, length in parts:
-            blank = longest - length
-            tokens.append([*row.request.prompt[row.fed : row.fed + length], *[0] * blank])
-            positions.append([*range(row.fed, row.fed + length), *[-1] * blank])
-        rows = [row for row, _ in parts]
-        span = Span(
-            rows_b=torch.tensor([row.slot for row in rows], device=self.device),
-            tokens_bt=torch.tensor(tokens, device=self.device),
-            positions_bt=torch.tensor(positions, device=self.device),
-        )
-        return Chunk(rows=rows, lengths=[length for _, length in parts], span=span, carry=self.runner.enter(span))
 
     def _end_chunk(self, chunk: Chunk) -> None:
         for row, length in zip(chunk.rows, chunk.lengths, strict=True):
@@ -196,16 +165,6 @@ class Batch:
             for row in rows:
                 row.position, row.rung = row.fed - 1, row.count
             self._choose(rows, logits_bV)
-
-    def _keep(self, places: list[int]) -> None:
-        """Go on with some rows of the chunk only."""
-        if self._chunk is None or not places:
-            self._chunk = None
-            return
-        chunk, index = self._chunk, torch.tensor(places, device=self.device)
-        chunk.rows = [chunk.rows[place] for place in places]
-        chunk.lengths = [chunk.lengths[place] for place in places]
-        chunk.span, chunk.carry = chunk.span.take(index), chunk.carry.take(index)
 
     # Tokens.
 

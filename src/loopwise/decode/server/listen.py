@@ -65,6 +65,8 @@ def make_server(service: Service, on_ready: Callable[[], object] = lambda: None)
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=service.drain_seconds,
+        # Longer than clients keep idle connections: else both may act at once, and a request is lost.
+        timeout_keep_alive=75,
         lifespan="on",
     )
     return _Server(config, on_ready)

@@ -170,7 +170,7 @@ class Reply:
         if isinstance(item[1], Refused):
             raise refusal(item[1].message)
         if isinstance(item[1], Failed):
-            raise ApiError(item[1].message, status=500)
+            raise ApiError(item[1].message, status=item[1].status)
         return item
 
     async def _watch_client(self) -> None:

@@ -58,9 +58,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class Failed:
-    """The engine broke down while it worked on the request."""
+    """The request is over without its fault: what happened, and the status of HTTP that says so."""
 
     message: str
+    status: int = 500
 
 
 Answer = Accepted | Refused | Failed | Event
@@ -149,7 +150,7 @@ class Worker:
             if ticket is None:
                 for live in list(self._live.values()):
                     self._cancel(live)
-                    answers.append((live, Failed("the server is shutting down")))
+                    answers.append((live, Failed("the server is shutting down", 503)))
                 self._hand_out(answers)
                 return False
             if word == "submit":

@@ -1,0 +1,261 @@
+"""What each decoder and each cache policy costs and gives: one recurrent-depth model, one run, one table.
+
+The recipe `refine` trains a prelude and a core that re-reads its input at every iteration, at random depths, on walks
+whose stops are written one after the other. Its test answers are then decoded by every decoder under every policy that
+fits, at 16 iterations. Counted for each: right tokens, sequential passes of the core and visits of layers per token,
+mean depth, bytes of keys and values per token; measured beside it: tokens per second (one run each, so a guide only).
+
+Thresholds are chosen on validation rows: per rule the cheapest that loses at most a fifth of the margin there, and the
+cheapest of those bears the target. What is claimed is measured on test rows:
+
+    wavefront    at least 3 times fewer sequential core passes, at most 1 point of token accuracy lost
+    adaptive     at least 1.5 times fewer visits, at most 0.5 point lost
+    speculative  the same tokens as sequential decoding, at least 1.3 times fewer sequential passes at full depth
+
+Passes are those of a whole batch: its slowest row decides. Their intervals are bootstrap intervals over batches. Loss
+is paired, token by token against sequential decoding, and its bound is one-sided at 95 %, over rows and not over tokens
+(tokens of a row share its fate), with one more row counted that loses everything, so that no loss seen is not taken for
+a bound of 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _timing import RESULTS, exact_entry, finish
+
+import loopwise
+from loopwise.cli.common import quiet_libraries
+from loopwise.cli.main import main as command
+from loopwise.cli.main import one_line
+from loopwise.decode.adaptive import decode_adaptive
+from loopwise.decode.freezing import WaveConfig
+from loopwise.decode.jacobi import decode_jacobi
+from loopwise.decode.result import Decoded
+from loopwise.decode.sequential import decode_sequential
+from loopwise.decode.speculative import decode_speculative
+from loopwise.decode.wavefront import decode_wavefront
+from loopwise.recipes.refine import LOOPS, TASK
+from loopwise.tasks.base import IGNORE, rows
+from loopwise.train.run import CONFIG
+
+Decode = Callable[..., Decoded]
+BATCH = 128
+MIN_ITEMS = 5000
+FEWER_PASSES, LOST_BY_WAVE = 3.0, 1.0
+FEWER_VISITS, LOST_BY_EXIT = 1.5, 0.5
+FEWER_FULL = 1.3
+RESAMPLES = 5000
+T_ONE_SIDED = 1.6449
+SEED = 1  # of the rows; those that evaluation uses while training have seed 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One line of the table.
+
+    Attributes:
+        decoder: name of the decoder with its rule.
+        cache: policy.
+        decode: the function.
+        options: its keyword arguments besides the cache.
+    """
+
+    decoder: str
+    cache: str
+    decode: Decode
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """What came out of one way: arrays over batches and over rows.
+
+    Attributes:
+        way: how.
+        tokens_RA: new tokens, int64 `[rows, answer]`.
+        right_RA: which of them are right.
+        done: the batches.
+    """
+
+    way: Way
+    tokens_RA: np.ndarray
+    right_RA: np.ndarray
+    done: list[Decoded]
+
+    def per_batch(self, count: Callable[[Decoded], float]) -> np.ndarray:
+        """A count of every batch."""
+        return np.array([count(one) for one in self.done])
+
+    def line(self, against: Measured) -> dict[str, Any]:
+        """The line of the table."""
+        tokens = self.tokens_RA.size
+        lost, bound = lost_points(against, self)
+        found: dict[str, Any] = {
+            "decoder": self.way.decoder,
+            "cache": self.way.cache,
+            "token_accuracy": round(float(self.right_RA.mean()), 5),
+            "exact_accuracy": round(float(self.right_RA.all(axis=1).mean()), 5),
+            "points_lost": round(lost, 3),
+            "points_lost_bound95": round(bound, 3),
+            "core_passes_per_token": round(float(self.per_batch(lambda one: one.passes_per_token).mean()), 3),
+            "visits_per_token": round(float(self.per_batch(lambda one: one.visits).sum()) / tokens, 3),
+            "mean_depth": round(float(self.per_batch(lambda one: one.mean_depth).mean()), 3),
+            "cache_bytes_per_token": round(float(self.per_batch(lambda one: one.cache_bytes).mean()), 1),
+            "tokens_per_second": round(tokens / float(self.per_batch(lambda one: one.seconds).sum()), 1),
+        }
+        kept = ("full_passes_per_token", "acceptance_rate")
+        summed = ("tokens_revised", "wrong_to_right", "right_to_wrong", "readouts")
+        notes = [one.notes for one in self.done]
+        found |= {name: round(float(np.mean([note[name] for note in notes])), 4) for name in kept if name in notes[0]}
+        return found | {name: sum(note[name] for note in notes) for name in summed if name in notes[0]}
+
+
+def train(work: Path) -> Any:
+    """The model of the recipe; what is trained already, or in part, is not trained again."""
+    folder = work / "refine"
+    if not (folder / "model").exists():
+        words = [str(folder)] if (folder / CONFIG).exists() else ["refine", "--out", str(folder)]
+        print("$ loopwise train", *words, flush=True)
+        if command(["train", *words, "--device", "cpu"]):
+            raise ValueError("loopwise train failed")
+    return loopwise.load(folder / "model", dtype="float32").eval()
+
+
+def problems(split: str, number: int) -> tuple[list[list[int]], np.ndarray]:
+    """Prompts, and the right answers, int64 `[rows, answer]`."""
+    drawn = rows(TASK, seed=SEED, index=0, size=number, split=split)
+    scored_RT = drawn.targets_BT != IGNORE
+    first = int(scored_RT[0].argmax()) + 1
+    return drawn.tokens_BT[:, :first].tolist(), drawn.targets_BT[scored_RT].reshape(number, -1)
+
+
+def measure(model: Any, way: Way, given: tuple[list[list[int]], np.ndarray]) -> Measured:
+    """Decode all prompts, in batches."""
+    prompts, answers_RA = given
+    done = []
+    for first in range(0, len(prompts), BATCH):
+        batch = prompts[first : first + BATCH]
+        options = {"max_new_tokens": answers_RA.shape[1], "cache": way.cache, "loops": LOOPS} | way.options
+        done.append(way.decode(model, batch, **options))
+    tokens_RA = np.array([row for one in done for row in one.tokens])
+    return Measured(way=way, tokens_RA=tokens_RA, right_RA=tokens_RA == answers_RA, done=done)
+
+
+def lost_points(reference: Measured, other: Measured) -> tuple[float, float]:
+    """Points of token accuracy that the other loses, and the one-sided 95 % bound."""
+    lost_R = (reference.right_RA.mean(axis=1) - other.right_RA.mean(axis=1)) * 100
+    more = np.append(lost_R, 100.0)
+    return float(lost_R.mean()), float(more.mean() + T_ONE_SIDED * more.std(ddof=1) / len(more) ** 0.5)
+
+
+def fewer(reference: Measured, other: Measured, count: Callable[[Decoded], float]) -> tuple[float, list[float]]:
+    """How many times fewer, and the bootstrap interval over batches."""
+    top_N, bottom_N = reference.per_batch(lambda one: one.passes_per_token), other.per_batch(count)
+    return ratio(top_N, bottom_N)
+
+
+def ratio(top_N: np.ndarray, bottom_N: np.ndarray) -> tuple[float, list[float]]:
+    """Ratio of sums, and its 95 % bootstrap interval over the pairs (percentiles, fixed seed)."""
+    drawn_SN = np.random.default_rng(0).integers(len(top_N), size=(RESAMPLES, len(top_N)))
+    found_S = top_N[drawn_SN].sum(axis=1) / bottom_N[drawn_SN].sum(axis=1)
+    low, high = np.quantile(found_S, [0.025, 0.975])
+    return float(top_N.sum() / bottom_N.sum()), [round(float(low), 4), round(float(high), 4)]
+
+
+# What is tried.
+
+RULES = {
+    "latent": [f"latent({value:g})" for value in (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03)],
+    "kl": [f"kl({value:g})" for value in (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)],
+    "confidence": [f"confidence({value:g})" for value in (0.8, 0.9, 0.95, 0.99, 0.999)],
+    "argmax": [f"argmax(patience={value})" for value in (1, 2, 3, 4)],
+    "fixed": [f"fixed({value})" for value in (2, 3, 4, 6, 8, 10, 12)],
+}
+SKIPPED = ("copy", "latest", "propagate", "absent", "monotone", "catch_up", "own/last", "last")
+FROZEN = [
+    WaveConfig(inner=inner, threshold=value) for inner in (1, 2, 4) for value in (1.0, 0.5, 0.3, 0.1, 0.03)
+] + [WaveConfig(inner=inner, freeze="stable", patience=value) for inner in (2, 4) for value in (1, 2)]
+DRAFTS = [(rungs, lookahead) for rungs in (1, 2, 3, 4) for lookahead in (2, 4, 8)]
+SEQUENTIAL = Way(decoder="sequential", cache="own", decode=decode_sequential)
+
+
+def exits(rule: str, cache: str = "copy") -> Way:
+    """Adaptive exit by a rule."""
+    return Way(decoder=f"adaptive {rule}", cache=cache, decode=decode_adaptive, options={"halting": rule})
+
+
+def waves(config: WaveConfig, cache: str) -> Way:
+    """The wavefront."""
+    told = f"patience={config.patience}" if config.freeze == "stable" else f"{config.threshold:g}"
+    name = f"wavefront {config.freeze}({told}) inner={config.inner}"
+    return Way(decoder=name, cache=cache, decode=decode_wavefront, options={"wave": config})
+
+
+def drafts(rungs: int, lookahead: int) -> Way:
+    """Self-speculation."""
+    options = {"draft_rungs": rungs, "lookahead": lookahead}
+    return Way(decoder=f"speculative draft={rungs} ahead={lookahead}", cache="own", decode=decode_speculative, options=options)
+
+
+@dataclass(kw_only=True)
+class Chosen:
+    """What validation chose: a way for every rule, and the one that bears the target (the first)."""
+
+    exits: list[Way]
+    waves: list[Way]
+    drafts: Way
+
+
+def choose(model: Any, given: tuple[list[list[int]], np.ndarray]) -> Chosen:
+    """Thresholds by validation rows."""
+    reference = measure(model, SEQUENTIAL, given)
+
+    def cheapest(ways: Sequence[Way], cost: Callable[[Decoded], float], allowed: float) -> tuple[float, Way] | None:
+        found = []
+        for way in ways:
+            item = measure(model, way, given)
+            spent, lost = float(item.per_batch(cost).sum()), lost_points(reference, item)[0]
+            print(f"  valid: {way.decoder:<36} {way.cache:<9} lost {lost:7.3f} cost {spent:.5g}", flush=True)
+            if lost <= allowed:
+                found.append((spent, way))
+        return min(found, key=lambda pair: pair[0], default=None)
+
+    def best(groups: Sequence[Sequence[Way]], cost: Callable[[Decoded], float], allowed: float) -> list[Way]:
+        found = [one for one in (cheapest(group, cost, allowed) for group in groups) if one is not None]
+        if not found:
+            raise ValueError("no threshold keeps its accuracy on validation rows: is the model trained?")
+        return [way for _, way in sorted(found, key=lambda pair: pair[0])]
+
+    by_rule = [[exits(rule) for rule in group] for group in RULES.values()]
+    by_wave = [
+        [waves(config, cache) for config in FROZEN if config.inner == inner]
+        for inner in (4, 2, 1)
+        for cache in ("own", "own/last")
+    ]
+    return Chosen(
+        exits=best(by_rule, lambda one: one.visits, LOST_BY_EXIT / 5),
+        waves=best(by_wave, lambda one: one.passes, LOST_BY_WAVE / 5),
+        drafts=best([[drafts(*pair) for pair in DRAFTS]], lambda one: one.notes["full_passes"], LOST_BY_EXIT)[0],
+    )
+
+
+def table(chosen: Chosen) -> list[Way]:
+    """Everything that is measured on test rows; the reference comes first."""
+    shared = ["own/last", "own/ring(2)", "own/ring(4)", "own/stride(2)", "own/stride(4)", "own/first", "last", "first"]
+    first, wave = chosen.exits[0], chosen.waves[0]
+    found = [SEQUENTIAL, *(replace(SEQUENTIAL, cache=cache) for cache in shared), *chosen.exits]
+    found += [replace(first, cache=cache) for cache in SKIPPED if cache != "copy"]
+    found += [*chosen.waves, waves(WaveConfig(), "own/last"), waves(WaveConfig(freeze="fixed", restart=True), "own")]
+    found += [replace(wave, decoder=f"{wave.decoder} headway=2", options={"wave": replace(wave.options["wave"], headway=2)})]
+    found += [Way(decoder=f"jacobi block={size}", cache="own", decode=decode_jacobi, options={"block": size}) for size in (4, 12)]
+    return found + [chosen.drafts] + [drafts(2, 4)] * (chosen.drafts != drafts(2, 4))
