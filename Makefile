@@ -56,6 +56,7 @@ types: $(STAMPS)/package ## pyright
 conformance: $(STAMPS)/package ## re-run the laws over every causal model type and rewrite the committed tables
 	$(ONE_THREAD) $(PY) tests/conformance/run.py --write
 	$(ONE_THREAD) $(PY) tests/conformance/zeroing.py --write
+	$(ONE_THREAD) $(PY) tests/conformance/batching.py --write
 
 bench: $(STAMPS)/package $(STAMPS)/demo ## run the benchmarks; a missed target fails
 	for script in $(filter-out benchmarks/edit.py benchmarks/uptrain.py,$(wildcard benchmarks/[!_]*.py)); do $(PY) $$script || exit 1; done

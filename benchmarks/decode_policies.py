@@ -259,3 +259,94 @@ def table(chosen: Chosen) -> list[Way]:
     found += [replace(wave, decoder=f"{wave.decoder} headway=2", options={"wave": replace(wave.options["wave"], headway=2)})]
     found += [Way(decoder=f"jacobi block={size}", cache="own", decode=decode_jacobi, options={"block": size}) for size in (4, 12)]
     return found + [chosen.drafts] + [drafts(2, 4)] * (chosen.drafts != drafts(2, 4))
+
+
+def entries(found: dict[str, Measured], chosen: Chosen) -> list[dict[str, Any]]:
+    """The results that have a target; the first also holds the table."""
+    reference = found[label(SEQUENTIAL)]
+    wave, early, draft = (found[label(way)] for way in (chosen.waves[0], chosen.exits[0], chosen.drafts))
+    items = reference.tokens_RA.size
+
+    def fewer(name: str, item: Measured, cost: Callable[[Decoded], float], least: float) -> dict[str, Any]:
+        value, interval = ratio(reference.per_batch(cost if item is not draft else _full), item.per_batch(cost))
+        return {"name": name, "value": round(value, 4), "ci95": interval, "target": least, "holds": interval[0] >= least}
+
+    def loss(name: str, item: Measured, most: float) -> dict[str, Any]:
+        lost, bound = lost_points(reference, item)
+        holds = bound <= most and items >= MIN_ITEMS
+        return {"name": name, "value": round(lost, 4), "ci95": [None, round(bound, 4)], "target": most, "holds": holds}
+
+    different = int((draft.tokens_RA != reference.tokens_RA).sum())
+    made = [
+        fewer("wavefront: times fewer sequential core passes", wave, _passes, FEWER_PASSES),
+        loss("wavefront: points of accuracy lost, one-sided bound", wave, LOST_BY_WAVE),
+        fewer("adaptive exit: times fewer visits", early, _visits, FEWER_VISITS),
+        loss("adaptive exit: points of accuracy lost, one-sided bound", early, LOST_BY_EXIT),
+        exact_entry("self-speculation: tokens that differ", different, target=0),
+        fewer("self-speculation: times fewer full-depth passes", draft, lambda one: one.notes["full_passes"], FEWER_FULL),
+    ]
+    for entry, item in zip(made, (wave, wave, early, early, draft, draft), strict=True):
+        speed = float(reference.per_batch(lambda one: one.seconds).sum() / item.per_batch(lambda one: one.seconds).sum())
+        entry |= {"way": label(item.way), "items": items, "times_faster_wall_clock": round(speed, 3)}
+    made[0] |= {"iterations": LOOPS, "batch": BATCH, "table": [item.line(reference) for item in found.values()]}
+    return made
+
+
+def label(way: Way) -> str:
+    """Names a way."""
+    return f"{way.decoder}, cache {way.cache}"
+
+
+def _passes(one: Decoded) -> float:
+    return one.passes
+
+
+def _visits(one: Decoded) -> float:
+    return one.visits
+
+
+def _full(one: Decoded) -> float:
+    """Sequential passes at full depth of a decoder that makes one for every token but the first."""
+    return max(map(len, one.tokens)) - 1
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    heads = ("token", "exact", "lost", "passes", "visits", "depth", "bytes", "tok/s")
+    print(f"{'decoder':<44} {'cache':<11}", *(f"{head:>8}" for head in heads))
+    for line in lines:
+        values = [value for value in line.values() if not isinstance(value, str)]
+        kept = [*values[:3], *values[4:9]]
+        print(f"{line['decoder']:<44} {line['cache']:<11}", *(f"{value:>8.4g}" for value in kept))
+
+
+def main() -> int:
+    """Train, choose, measure, and write the results; the exit code says whether the targets hold."""
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--rows", type=int, default=2560, help="test rows that are decoded")
+    options.add_argument("--valid", type=int, default=512, help="validation rows that choose thresholds")
+    options.add_argument("--work", type=Path, default=Path("runs/bench-decode-policies"), help="where the model goes")
+    options.add_argument("--out", type=Path, default=RESULTS / "decode_policies.json", help="result file")
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    quiet_libraries()
+    model = train(given.work)
+    began = time.time()
+    chosen = choose(model, problems("valid", given.valid))
+    print(f"chosen after {(time.time() - began) / 60:.1f} min", flush=True)
+    test, found = problems("test", given.rows), {}
+    for way in table(chosen):
+        if label(way) not in found:
+            found[label(way)] = measure(model, way, test)
+            print(json.dumps(found[label(way)].line(found[label(SEQUENTIAL)])), flush=True)
+    made = entries(found, chosen)
+    show(made[0]["table"])
+    print(f"measured in {(time.time() - began) / 60:.1f} min", flush=True)
+    return finish(made, given.out, "python benchmarks/decode_policies.py")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {one_line(error)}")

@@ -53,6 +53,7 @@ EOS = 0
 MIN_USEFUL = 0.85
 LOAD = 0.7
 LEAVING = 5
+ROUNDS = 5
 PREFIX = "loopwise_"
 
 
@@ -89,6 +90,11 @@ class Block:
     wrong: int = 0
     left: int = 0
     counters: dict[str, float] = field(default_factory=dict)
+
+    def add(self, other: Block) -> None:
+        """Take in the answers of another; its counters are its own."""
+        self.latencies += other.latencies
+        self.lost, self.wrong = self.lost + other.lost, self.wrong + other.wrong
 
     @property
     def useful(self) -> float:
@@ -343,16 +349,20 @@ async def measure(depth: Served, sequence: Served, jobs: Sequence[Job], pairs: i
     """All of it."""
     blocks, rate = await saturated(depth, sequence, jobs, pairs)
     entries = throughput_entries(blocks)
-    some = jobs[: max(len(jobs) // 4, 1)]
-    calm = []
-    for name, side in (("depth-wise", depth), ("sequence-level", sequence)):
-        calm.append(await side.run(some, LOAD * rate, seed=-1))
+    names = ("depth-wise", "sequence-level")
+    calm = [Block(), Block()]
+    size = max(len(jobs) // 4 // ROUNDS, 1)
+    for index in range(ROUNDS):  # in turn, so that a busy moment of the machine hits both
+        part = jobs[index * size : (index + 1) * size]
+        for total, side in zip(calm, (depth, sequence), strict=True):
+            total.add(await side.run(part, LOAD * rate, seed=-1 - index))
+    for name, total in zip(names, calm, strict=True):
         for share in (0.5, 0.99):
             label = f"serve: p{round(100 * share)} seconds at {LOAD:.0%} of the depth-wise rate, {name}"
-            entries.append(entry(label, calm[-1].latencies, quantile(share)) | {"requests_per_second": round(rate, 1)})
-        print(f"{name} at {LOAD:.0%}: {len(some)} requests in {calm[-1].seconds:.1f} s", flush=True)
+            load = {"requests": len(total.latencies), "requests_per_second": round(LOAD * rate, 2)}
+            entries.append(entry(label, total.latencies, quantile(share)) | load)
     crowd = jobs[: max(len(jobs) // 10, LEAVING)]
-    leaving = await depth.run(crowd, 2 * rate, seed=-2, leaving=LEAVING)
+    leaving = await depth.run(crowd, 2 * rate, seed=-100, leaving=LEAVING)
     answered = [*(pair[0] for pair in blocks), calm[0], leaving]
     count = sum(len(block.latencies) + block.lost for block in answered)
     others = [*(pair[1] for pair in blocks), calm[1]]

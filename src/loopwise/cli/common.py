@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PlanText = Annotated[str | None, arg(metavar="PLAN")]
 LoopsText = Annotated[str | None, arg(metavar="COUNTS")]
+ExitsText = Annotated[str | None, arg(metavar="VISITS")]
 FilePath = Annotated[Path | None, arg(metavar="FILE")]
 
 
@@ -124,6 +125,23 @@ def parse_loops(text: str | None) -> int | dict[str, int] | None:
     if len(counts) > 1:
         raise ValueError(f"--loops {text!r}: give one count, or a name with every count")
     return counts[""]
+
+
+def parse_exits(text: str | None) -> list[int] | None:
+    """Read numbers of visits such as `10,20`; None stays None.
+
+    Raises:
+        ValueError: anything else; numbers that do not ascend included.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 for part in parts):
+        raise ValueError(f"--exits {text!r}: write numbers of visits such as 10,20")
+    exits = [int(part) for part in parts]
+    if exits != sorted(set(exits)) or exits[0] < 1:
+        raise ValueError(f"--exits {text!r}: ascending numbers from 1 are needed")
+    return exits
 
 
 def planned(plan: str | Plan | None, loops: str | None) -> Plan | None:

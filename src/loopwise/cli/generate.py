@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 import loopwise
 from loopwise.cli import common
+from loopwise.cli.decoding import Decoding
 
 _MEASURED_TOKENS = 512
 
@@ -26,23 +27,50 @@ class Generate(common.Source):
     """order of visits, such as "0-9 (10-19)x2 20-29"; without it the source's own"""
     loops: common.LoopsText = None
     """loop counts: 4, or core=4, or outer=2,inner=3"""
+    halt: Annotated[str | None, arg(metavar="RULE")] = None
+    """let each token stop early: latent, kl(threshold=1e-3), hazard(0.5), confidence(0.9), fixed(2), ..."""
+    decoder: Literal["sequential", "adaptive", "wavefront", "speculative", "jacobi"] | None = None
+    """how tokens are made; without it by the model's own generate, and with --halt adaptive"""
+    exits: common.ExitsText = None
+    """after how many visits tokens of a model without a loop may stop, such as 10,20; without it after every one"""
+    draft_loops: Annotated[int | None, arg(metavar="INT")] = None
+    """iterations, or exits, of the drafts of --decoder speculative; without it a half of all"""
+    lookahead: Annotated[int | None, arg(metavar="INT")] = None
+    """tokens that speculative drafts, or jacobi guesses, at a time; without it 4, or 8"""
+    wave: Annotated[str | None, arg(metavar="FIELDS")] = None
+    """how --decoder wavefront goes, such as "inner=4, freeze=latent, width=32" """
     cache: Annotated[str | None, arg(metavar="POLICY")] = None
-    """own, last, first, ring(k), or a pair prefill/decode such as own/last; without it own, which is exact"""
+    """own, last, first, ring(k), or a pair such as own/last; with --halt or --decoder also copy, latest, propagate,
+    absent, monotone, catch_up for depth that is skipped; without it what is exact"""
     max_new_tokens: Annotated[int, arg(aliases=["-n"])] = 128
     """stop after this many tokens"""
     temperature: float = 0.0
     """0 always takes the likeliest token; above 0 samples"""
+    top_k: int = 0
+    """sample from the likeliest tokens only; 0 from all"""
+    top_p: float = 1.0
+    """sample from the likeliest tokens that together have this probability"""
+    min_p: float = 0.0
+    """sample from tokens with at least this share of the largest probability"""
     seed: int = 0
     """seed of the sampling"""
     chat: bool = True
     """use the tokenizer's chat template when it has one"""
     system: Annotated[str | None, arg(metavar="TEXT")] = None
     """system message of the chat"""
+    depth_map: FlagCreatePairsOff[bool] = False
+    """print the new text once more, coloured by the iterations of each token"""
+    png: common.FilePath = None
+    """draw that here"""
 
     def run(self) -> None:
-        """Load, stream the new text to standard output, and report the speed on standard error."""
+        """Load, stream the new text to standard output, and report what it took on standard error."""
+        common.check_writable(self.png)
         plan = common.planned(self.plan, self.loops)
-        check_sampling(self.max_new_tokens, self.temperature)
+        check_sampling(
+            self.max_new_tokens, self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
+        )
+        decoding = self._decoding()
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         common.quiet_libraries()
         tokenizer = loopwise.load_tokenizer(self.source)
@@ -50,6 +78,28 @@ class Generate(common.Source):
         model = common.load_model(self, plan)
         if plan is None:
             common.set_own_loops(model, self.loops)
+        if decoding is None:
+            self._by_model(model, tokenizer, input_ids)
+        else:
+            self._by_decoder(decoding, model, tokenizer, input_ids[0].tolist())
+
+    def _decoding(self) -> Decoding | None:
+        """The decoder that the flags name; None for the model's own generate. Read before anything is loaded."""
+        decoding = Decoding.of(
+            decoder=self.decoder,
+            halt=self.halt,
+            cache=self.cache,
+            exits=common.parse_exits(self.exits),
+            draft_loops=self.draft_loops,
+            lookahead=self.lookahead,
+            wave=self.wave,
+        )
+        for flag, value in (("--depth-map", self.depth_map), ("--png", self.png)):
+            if value and decoding is None:
+                raise ValueError(f"{flag} shows how deep tokens went: give --halt or --decoder")
+        return decoding
+
+    def _by_model(self, model: Any, tokenizer: Any, input_ids: Any) -> None:
         start = time.perf_counter()
         text_ids = generate(
             model,
@@ -58,14 +108,37 @@ class Generate(common.Source):
             cache=self.cache,
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
             seed=self.seed,
-            on_text=lambda text: print(text, end="", flush=True),
+            on_text=_print_piece,
         )
         seconds = time.perf_counter() - start
         print()
         count = len(text_ids)
         print(f"{count} tokens in {seconds:.1f} s, {count / max(seconds, 1e-9):.1f} tokens/s", file=sys.stderr)
         _report_cache_error(model, input_ids, text_ids, self.cache)
+
+    def _by_decoder(self, decoding: Decoding, model: Any, tokenizer: Any, prompt: list[int]) -> None:
+        from loopwise.decode.sampling import Sampling
+
+        sampling = Sampling(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
+        )
+        streamer = _streamer(tokenizer, _print_piece, skip_prompt=False)
+        run = decoding.run(model, tokenizer, prompt, self.max_new_tokens, sampling, streamer)
+        print()
+        for line in run.lines():
+            print(line, file=sys.stderr)
+        if self.depth_map:
+            run.print_map(tokenizer)
+        if self.png:
+            common.write_whole(self.png, lambda temporary: run.draw_map(tokenizer, temporary))
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _report_cache_error(model: Any, input_ids: Any, text_ids: list[int], policy: str | None) -> None:
@@ -82,12 +155,31 @@ def _report_cache_error(model: Any, input_ids: Any, text_ids: list[int], policy:
     print(cache_error(model, all_ids.to(model.device), policy, prefill=split), file=sys.stderr)
 
 
-def check_sampling(max_new_tokens: int, temperature: float) -> None:
+def check_sampling(
+    max_new_tokens: int,
+    temperature: float,
+    *,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+) -> None:
     """ValueError when a sampling setting makes no sense."""
     if max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {max_new_tokens}: at least 1")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"--temperature {temperature}: 0 (greedy) or a positive number")
+    if top_k < 0:
+        raise ValueError(f"--top-k {top_k}: at least 1, or 0 for all tokens")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"--top-p {top_p}: above 0 and at most 1")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"--min-p {min_p}: from 0 to 1")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed {seed}: a number of 64 bits")
+    for flag, value, default in (("--top-k", top_k, 0), ("--top-p", top_p, 1.0), ("--min-p", min_p, 0.0)):
+        if value != default and temperature == 0:
+            raise ValueError(f"{flag} {value}: sampling needs a --temperature above 0")
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool = True, system: str | None = None) -> Any:
@@ -128,6 +220,9 @@ def generate(
     cache: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
 ) -> list[int]:
@@ -140,6 +235,10 @@ def generate(
         cache: cache policy for an attached model, as `loopwise.set_cache` reads it.
         max_new_tokens: upper limit.
         temperature: 0 for greedy decoding.
+        top_k: sample from the likeliest tokens only; 0 leaves it to the model's generation config, as do the defaults
+            of the next two.
+        top_p: sample from the likeliest tokens that together have this probability.
+        min_p: sample from tokens with at least this share of the largest probability.
         seed: seed of torch's generator when sampling, and of first states that a loop draws at random.
         on_text: called with each piece of text as soon as it is final.
 
@@ -150,7 +249,7 @@ def generate(
 
     from loopwise.models.loop_parts import needs_generator
 
-    check_sampling(max_new_tokens, temperature)
+    check_sampling(max_new_tokens, temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
     if cache is not None:
         if loopwise.plan_of(model) is None:
             raise ValueError(f"--cache {cache}: the model has no plan, give one with --plan")
@@ -160,6 +259,8 @@ def generate(
     if temperature > 0:
         torch.manual_seed(seed)
         sampling["temperature"] = temperature
+        given = (("top_k", top_k, 0), ("top_p", top_p, 1.0), ("min_p", min_p, 0.0))
+        sampling |= {name: value for name, value, default in given if value != default}
     if needs_generator(model):
         sampling["generator"] = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
@@ -182,7 +283,7 @@ def _pad_id(model: Any, tokenizer: Any) -> int | None:
     return None
 
 
-def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+def _streamer(tokenizer: Any, on_text: Callable[[str], None], *, skip_prompt: bool = True) -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
@@ -191,4 +292,4 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return Streamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)

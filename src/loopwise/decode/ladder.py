@@ -51,11 +51,12 @@ class Ladder:
             if len(path) > 1:
                 raise ValueError(f"the main loop of {plan} is inside another loop: depth ends at an outer loop only")
             first: int = next(iter(path))
-            inside = [slot for slot in slots if slot.position[0] == first]
+            inside = tuple(slot for slot in slots if slot.position[0] == first)
+            size = len(inside) // loop.count
             return cls(
                 plan=plan,
                 head=tuple(slot for slot in slots if slot.position[0] < first),
-                rungs=tuple(tuple(s for s in inside if s.iterations[0] == i) for i in range(loop.count)),
+                rungs=tuple(inside[start : start + size] for start in range(0, len(inside), size)),
                 tail=tuple(slot for slot in slots if slot.position[0] > first),
                 loop=loop,
             )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -25,9 +26,11 @@ from torch import nn
 from transformers import DynamicLayer
 
 import loopwise
+from loopwise.cache.policy import CachePolicy
 from loopwise.decode.cache import SlotCache, Span
 from loopwise.decode.ladder import Ladder
 from loopwise.decode.rules import SKIPPED, StorePolicy
+from loopwise.loop.halting import FixedHalting
 from loopwise.loop.passes import LoopModule
 from loopwise.loop.state import NormalState, RowSeeds, make
 from loopwise.models.hub import layer_list, new_cache, probe_inputs
@@ -121,6 +124,7 @@ class Runner:
         model.eval()
         self.device = next(model.parameters()).device
         self.windows = self._windows()
+        self._no_cache = new_cache(model)  # layers see views of the stores in its place, it stays empty
         refuse_unfit(model, looping)
         self.seeds = list(seeds) if seeds is not None else [0] * num_rows
         self.initial_state = initial_state
@@ -133,6 +137,8 @@ class Runner:
         if name not in ("sdpa", "eager", None):
             raise ValueError(f"decoding by parts needs attention 'sdpa' or 'eager', this model has {name!r}")
         self._additive = name != "sdpa"
+        if not looping.is_taken_apart:
+            try_out(model)
 
     @property
     def mixes(self) -> bool:
@@ -140,7 +146,7 @@ class Runner:
         has_time = self.module is not None and self.module.conditioner is not None
         return self.ladder.is_shared and not has_time and not self.looping.relaxed
 
-    @property
+    @cached_property
     def num_places(self) -> int:
         """How many stores a visit of a rung has."""
         last = self.ladder.num_rungs - 1
@@ -272,7 +278,7 @@ class Runner:
         arguments = {
             "input_ids": span.tokens_bt,
             "position_ids": span.positions_bt.clamp(min=0),
-            "past_key_values": new_cache(self.model),
+            "past_key_values": self._no_cache,
             "use_cache": True,
         }
         with self.looping.played_by(player):
@@ -529,25 +535,38 @@ def refuse_unfit(model: nn.Module, looping: Looping) -> None:
                 f"its layers use {type(entry).__name__}, which holds no keys and values by position: use the model's "
                 "own generate"
             )
-    if any(any(returns.extras) for returns in looping.returns):
-        raise ValueError("its layers hand values on beside the state: use the model's own generate")
 
 
 def try_out(model: nn.Module) -> None:
-    """Compare a model taken apart with its own forward on a few tokens.
+    """Compare a model taken apart with its own forward on a few tokens; the first `Runner` of a model does.
 
     Raises:
         ValueError: it cannot be taken apart, or gives other logits.
     """
+    looping = looping_of(model)
+    if looping is None:
+        looping = looping_of(loopwise.attach(model, Plan.identity(len(layer_list(model).layers))))
+    looping = cast(Looping, looping)
+    policy, looping.policy, looping.is_taken_apart = looping.policy, CachePolicy(), True
     try:
         _try_out(model)
+    except BaseException:
+        looping.is_taken_apart = False
+        raise
+    finally:
+        looping.policy = policy
+
+
+def _try_out(model: nn.Module) -> None:
+    try:
+        _compare(model)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
         # Layers that want more of their cache, or of a call, than a visit gives them.
         told = str(error).splitlines()[0] if str(error) else ""
         raise ValueError(f"taken apart it fails ({type(error).__name__}: {told[:80]})") from error
 
 
-def _try_out(model: nn.Module) -> None:
+def _compare(model: nn.Module) -> None:
     ids_BT = probe_inputs(model)["input_ids"]
     zero = torch.zeros((), device=ids_BT.device)
     runner = Runner(model, num_rows=len(ids_BT), capacity=ids_BT.shape[1])
@@ -555,7 +574,10 @@ def _try_out(model: nn.Module) -> None:
     runner.initial_state = zero if random else None
     rows_b = torch.arange(len(ids_BT), device=ids_BT.device)
     with torch.no_grad():
-        expected_BTV = cast(Any, model)(ids_BT, **({"initial_state": zero} if random else {})).logits.float()
+        told: dict[str, Any] = {"initial_state": zero} if random else {}
+        if runner.module is not None and runner.module.halting is not None:
+            told["halting"] = FixedHalting()
+        expected_BTV = cast(Any, model)(ids_BT, **told).logits.float()
         past = 0
         for upto in (ids_BT.shape[1] - 2, ids_BT.shape[1] - 1, ids_BT.shape[1]):
             where = torch.arange(past, upto, device=ids_BT.device).expand(len(ids_BT), -1)

@@ -246,6 +246,8 @@ class Frame:
         if index in self.looping.relaxed:
             named[VISIT] = self.visit_numbers[slot.key]
         named = {name: value for name, value in named.items() if name not in (_STATE, names[0])}
+        if any(isinstance(value, Placeholder) for value in named.values()):
+            raise ValueError("its layers hand values on beside the state: use the model's own generate")
         output = self.visited[index](state_BTD, **named)
         return output if isinstance(output, torch.Tensor) else output[0]
 
@@ -319,6 +321,7 @@ class Looping:
         relaxed: layers that are told which of their visits it is.
         make_passes: called as `make_passes(owner, plan, ...)` where the owner has no such method of its own; None where
             its loops have no components.
+        is_taken_apart: it has been tried whether decoders may run parts of the plan (`loopwise.decode.runner`).
         loops: iteration counts of the running call of this thread only.
     """
 
@@ -345,6 +348,7 @@ class Looping:
         self.components: dict[str, Any] = {}
         self.relaxed: frozenset[int] = frozenset()
         self.make_passes: Callable[..., Passes] | None = None
+        self.is_taken_apart = False
         self.frame: Frame | None = None
         self.recorders = nn.ModuleList(Recorder(self, i) for i in range(len(returns)))
         self._lock = threading.RLock()
