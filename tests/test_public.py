@@ -38,6 +38,7 @@ VERBS = [
     "data",
     "inspect",
     "generate",
+    "calibrate",
     "serve",
     "score",
     "propose",

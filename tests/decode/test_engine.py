@@ -15,6 +15,8 @@ from loopwise.decode.adaptive import decode_adaptive
 from loopwise.decode.engine import Engine, SequenceEngine
 from loopwise.decode.request import Request
 from loopwise.decode.sampling import Sampling
+from loopwise.loop.passes import LoopModule
+from loopwise.loop.update import Chain, Update
 from loopwise.models.hub import layer_list
 from loopwise.models.relaxation import add_relaxation
 
@@ -277,6 +279,60 @@ def test_a_long_prompt_holds_nobody_up():
     watched.drain()
 
 
+def test_prompts_of_different_loops_climb_together():
+    model = looped(count=8)
+    requests = [Request([1, 2, 3], 1, loops=loops) for loops in (8, 1, 5, 8)]
+    runs = {}
+    for mode in ("depth-wise", "plain"):
+        engine = Engine(model, max_requests=4, capacity=16, prefill_chunk=12, mode=mode)
+        watched = Watched(engine)
+        for request in requests[:3]:
+            watched.submit(request)
+        watched.step()
+        watched.submit(requests[3])
+        watched.drain().check(model)
+        stats = engine.stats()
+        assert stats["prompt_executed_iterations"] == stats["prompt_useful_iterations"] == 3 * (8 + 1 + 5 + 8)
+        runs[mode] = stats["prompt_runs"]
+    assert runs == {"depth-wise": 9, "plain": 16}  # whoever comes later joins, or waits until the others are through
+
+
+def test_short_prompts_do_not_overtake_a_long_one_for_ever():
+    engine = Engine(looped(count=4), max_requests=3, capacity=80, prefill_chunk=8)
+    watched = Watched(engine)
+    watched.submit(Request([1] * 3, 1))
+    watched.step()
+    long = watched.submit(Request([2] * 60, 1))
+    ticks = 0
+    while not watched.found[long][2]:
+        watched.submit(Request([1] * 3, 1))  # there is always a younger one whose prompt would fit beside others
+        watched.step()
+        ticks += 1
+        assert ticks <= 4 * (1 + 8), "the parts of a prompt follow each other"
+
+
+class Slower(Update):
+    """Goes on less and less: rows at different iterations, or with different counts, differ."""
+
+    reads_iteration = True
+
+    def forward(self, state_BTD, e_BTD, *, iteration, num_iterations, time=None):
+        return state_BTD + e_BTD * (num_iterations / (1 + iteration))
+
+    def leave(self, before_BTD, after_BTD, e_BTD, *, iteration, num_iterations, time=None):
+        return before_BTD + (after_BTD - before_BTD) / (1 + iteration)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_an_update_that_reads_the_iteration(chained):
+    model = loopwise.load(GOLDENS / "parcae")
+    module = next(module for module in model.modules() if isinstance(module, LoopModule))
+    module.update = Chain([Slower(), Update()]) if chained else Slower()
+    engine = Engine(model, max_requests=3, capacity=24, prefill_chunk=9, max_loops=6)
+    assert engine.mode == "depth-wise"
+    live(Watched(engine), random.Random(4), 10, max_loops=6).check(model)
+
+
 def test_slots_keep_nothing_of_earlier_requests():
     model = looped(count=3)
     engine = Engine(model, max_requests=1, capacity=40)
@@ -343,8 +399,8 @@ def test_depth_is_not_waited_for():
     for gather in (0.0, 1.0):
         engine = Engine(model, max_requests=2, capacity=64, gather=gather)
         watched = Watched(engine)
-        deep = watched.submit(Request([1, 2], 4, loops=8))
-        watched.submit(Request([1, 2], 30, loops=1))
+        deep = watched.submit(Request([1, 2], 7, loops=8))
+        watched.submit(Request([1, 2], 50, loops=1))
         while not watched.found[deep][2]:
             watched.step()
         ticks[gather] = len(watched.found[deep + 1][0])

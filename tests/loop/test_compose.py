@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_inputs, tiny_model
 
 import loopwise
+from loopwise.cli.decoding import Decoding
 from loopwise.edit.operators import LlamaPro, Midas
 from loopwise.edit.surgery import Recursive, Tie, Untie
 from loopwise.loop.compose import CAPABILITIES, matrix
@@ -18,6 +19,7 @@ from loopwise.loop.halting import HazardHalting
 from loopwise.models.relaxation import add_relaxation, relaxation_of
 from loopwise.train.growth import edit
 from loopwise.train.parallel import count_collectives, finish_backward, shard
+from tests.loop import decoding_laws as decoding
 from tests.train.ranks import on_ranks
 
 PLAN = "0 core:(1-4)x2 5"
@@ -439,6 +441,19 @@ def growth_and_sharding():
     assert on_ranks(sharded_training, grown_loop, prompt, {}) == [4, 4]
 
 
+def early_exit_and_batching():
+    """A request leaves where it leaves alone, by a gate or without one."""
+    for build, ids_BT, rule in ((looped, prompt(2), "latent(0.5)"), (halting, halting_prompt(2), "hazard(0.6)")):
+        model, rows = build(), ids_BT.tolist()
+        asked = [decoding.Request(prompt=row, max_new_tokens=8, halting=rule) for row in rows]
+        options = {"max_new_tokens": 8, "halting": rule, "cache": "copy"}
+        assert decoding.answers(model, asked) == decoding.decode_adaptive(build(), rows, **options).tokens
+
+
+def decoders_and_sharding(decoder):
+    assert on_ranks(decoding.shards_decode, looped, decoder) == [True, True]
+
+
 def test_growth_with_adapters_is_refused_by_name():
     with pytest.raises(ValueError, match="merge them first"):
         grown(loopwise.attach(with_adapters(tiny_model("llama")), "0-5"))
@@ -450,7 +465,57 @@ def test_halting_with_routing_is_refused_by_name():
         model(ids_BT, **HALT)
 
 
-LAWS = {
+def test_a_decoder_refuses_what_the_matrix_says():
+    for build, ids_BT, decoder, message in (
+        (routed, routed_prompt(), "early exit", "routers"),
+        (routed, routed_prompt(), "wavefront", "routers"),
+        (routed, routed_prompt(), "self-speculation", "routers"),
+        (relaxed, prompt(), "wavefront", "share weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            {"early exit": decoding.exits_early, "wavefront": decoding.waves, "self-speculation": decoding.speculates}[
+                decoder
+            ](build, ids_BT)
+    for decoder in ("wavefront", "speculative"):
+        with pytest.raises(ValueError, match="goes with --decoder adaptive"):
+            flags = {"cache": None, "exits": None, "draft_loops": None, "lookahead": None, "wave": None}
+            Decoding.of(decoder=decoder, halt="hazard(0.5)", **flags)
+
+
+DECODING = {
+    ("loop", "early exit"): lambda: decoding.exits_early(looped, prompt(2)),
+    ("growth", "early exit"): lambda: decoding.exits_early(grown_loop, prompt(2)),
+    ("tie + delta", "early exit"): lambda: decoding.exits_early(relaxed, prompt(2)),
+    ("halting", "early exit"): lambda: decoding.exits_early(halting, halting_prompt(2), "hazard", "hazard(1.0)"),
+    ("sampler", "early exit"): lambda: decoding.sampled(
+        looped, prompt(2), decoding.decode_adaptive, halting="latent(0)", cache="catch_up"
+    ),
+    ("early exit", "adapters"): lambda: decoding.exits_early(adapted, prompt(2)),
+    ("loop", "wavefront"): lambda: decoding.waves(looped, prompt(2)),
+    ("growth", "wavefront"): lambda: decoding.waves(grown_loop, prompt(2)),
+    ("sampler", "wavefront"): lambda: decoding.wave_and_sampler(looped, prompt(2)),
+    ("wavefront", "adapters"): lambda: decoding.waves(adapted, prompt(2)),
+    ("loop", "self-speculation"): lambda: decoding.speculates(looped, prompt(2)),
+    ("growth", "self-speculation"): lambda: decoding.speculates(grown_loop, prompt(2)),
+    ("tie + delta", "self-speculation"): lambda: decoding.speculates(relaxed, prompt(2)),
+    ("sampler", "self-speculation"): lambda: decoding.sampled(
+        looped, prompt(2), decoding.decode_speculative, draft_rungs=1
+    ),
+    ("self-speculation", "adapters"): lambda: decoding.speculates(adapted, prompt(2)),
+    ("loop", "depth batching"): lambda: decoding.batches(looped, prompt(2)),
+    ("growth", "depth batching"): lambda: decoding.batches(grown_loop, prompt(2)),
+    ("tie + delta", "depth batching"): lambda: decoding.batches(relaxed, prompt(2)),
+    ("halting", "depth batching"): lambda: decoding.batches(halting, halting_prompt(2)),
+    ("routing", "depth batching"): lambda: decoding.batches(routed, routed_prompt(2)),
+    ("sampler", "depth batching"): lambda: decoding.batches(looped, prompt(2), decoding.Sampling(temperature=1.5)),
+    ("early exit", "depth batching"): early_exit_and_batching,
+    ("depth batching", "adapters"): lambda: decoding.batches(adapted, prompt(2)),
+} | {
+    (name, "sharding"): lambda name=name: decoders_and_sharding(name)
+    for name in ("early exit", "wavefront", "self-speculation", "depth batching")
+}
+
+LAWS = DECODING | {
     ("loop", "growth"): loop_and_growth,
     ("growth", "tie + delta"): growth_and_delta,
     ("growth", "halting"): growth_and_halting,

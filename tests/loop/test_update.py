@@ -129,6 +129,15 @@ def test_both_sides_equal_the_formulas(config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_updates_that_do_not_read_the_iteration_do_not_depend_on_it(config):
+    update, (state, e, after) = config.build(4), torch.randn(3, 2, 3, 4)
+    assert not update.reads_iteration
+    other = {"iteration": 3, "num_iterations": 9}
+    assert torch.equal(update(state, e, **WHERE), update(state, e, **other))
+    assert torch.equal(update.leave(state, after, e, **WHERE), update.leave(state, after, e, **other))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_gradients_equal_finite_differences(config):
     s_BTD, e_BTD, f_BTD = tensors()
     module = randomise(config.build(3))

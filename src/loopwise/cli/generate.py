@@ -12,8 +12,9 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 import loopwise
 from loopwise.cli import common
-from loopwise.cli.decoding import Decoding
+from loopwise.cli.decoding import Decoding, room
 
+_NEW_TOKENS = 128
 _MEASURED_TOKENS = 512
 
 
@@ -29,8 +30,8 @@ class Generate(common.Source):
     """loop counts: 4, or core=4, or outer=2,inner=3"""
     halt: Annotated[str | None, arg(metavar="RULE")] = None
     """let each token stop early: latent, kl(threshold=1e-3), hazard(0.5), confidence(0.9), fixed(2), ..."""
-    decoder: Literal["sequential", "adaptive", "wavefront", "speculative", "jacobi"] | None = None
-    """how tokens are made; without it by the model's own generate, and with --halt adaptive"""
+    decoder: Literal["auto", "sequential", "adaptive", "wavefront", "speculative", "jacobi"] = "auto"
+    """how tokens are made; auto is the model's own generate, and with --halt adaptive"""
     exits: common.ExitsText = None
     """after how many visits tokens of a model without a loop may stop, such as 10,20; without it after every one"""
     draft_loops: Annotated[int | None, arg(metavar="INT")] = None
@@ -42,8 +43,8 @@ class Generate(common.Source):
     cache: Annotated[str | None, arg(metavar="POLICY")] = None
     """own, last, first, ring(k), or a pair such as own/last; with --halt or --decoder also copy, latest, propagate,
     absent, monotone, catch_up for depth that is skipped; without it what is exact"""
-    max_new_tokens: Annotated[int, arg(aliases=["-n"])] = 128
-    """stop after this many tokens"""
+    max_new_tokens: Annotated[int | None, arg(aliases=["-n"], metavar="INT")] = None
+    """stop after this many tokens; without it 128, or where --halt and --decoder come to the end of the context"""
     temperature: float = 0.0
     """0 always takes the likeliest token; above 0 samples"""
     top_k: int = 0
@@ -68,7 +69,12 @@ class Generate(common.Source):
         common.check_writable(self.png)
         plan = common.planned(self.plan, self.loops)
         check_sampling(
-            self.max_new_tokens, self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
+            _NEW_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
+            self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed,
         )
         decoding = self._decoding()
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
@@ -86,7 +92,7 @@ class Generate(common.Source):
     def _decoding(self) -> Decoding | None:
         """The decoder that the flags name; None for the model's own generate. Read before anything is loaded."""
         decoding = Decoding.of(
-            decoder=self.decoder,
+            decoder=None if self.decoder == "auto" else self.decoder,
             halt=self.halt,
             cache=self.cache,
             exits=common.parse_exits(self.exits),
@@ -106,7 +112,7 @@ class Generate(common.Source):
             tokenizer,
             input_ids,
             cache=self.cache,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens or _NEW_TOKENS,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -127,7 +133,8 @@ class Generate(common.Source):
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, seed=self.seed
         )
         streamer = _streamer(tokenizer, _print_piece, skip_prompt=False)
-        run = decoding.run(model, tokenizer, prompt, self.max_new_tokens, sampling, streamer)
+        num_new = room(model, len(prompt), self.max_new_tokens, _NEW_TOKENS)
+        run = decoding.run(model, tokenizer, prompt, num_new, sampling, streamer)
         print()
         for line in run.lines():
             print(line, file=sys.stderr)

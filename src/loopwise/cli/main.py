@@ -16,6 +16,7 @@ from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, PositionalMetavar
 
 import loopwise
 from loopwise.cli.architectures import Architectures
+from loopwise.cli.calibrate import Calibrate
 from loopwise.cli.compare import Compare
 from loopwise.cli.compose import Compose
 from loopwise.cli.data import Data
@@ -47,6 +48,7 @@ Command = (
     | Annotated[Data, subcommand("data", description="Build token shards from texts, or show what is in them.")]
     | Annotated[Inspect, subcommand("inspect", description="Show layers, the plan drawn, parameters and cost.")]
     | Annotated[Generate, subcommand("generate", description="Continue or answer a prompt, streaming.")]
+    | Annotated[Calibrate, subcommand("calibrate", description="Find thresholds at which tokens may stop early.")]
     | Annotated[Serve, subcommand("serve", description="Answer OpenAI-compatible HTTP requests, batched over depth.")]
     | Annotated[Score, subcommand("score", description="Perplexity of a text file under several plans, side by side.")]
     | Annotated[Propose, subcommand("propose", description="Say which layers to loop, tie or prune, and why.")]

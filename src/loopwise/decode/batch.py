@@ -31,12 +31,15 @@ class Batch:
         runner: the model; it has as many rows as the scheduler has slots.
         scheduler: the requests.
         prefill_chunk: the most tokens of prompts in one call.
+        mixes_rungs: let prompts join those that are on their way, at any rung; the runner must mix.
         runs_halted: compute halted rows along while others of the batch are in the core.
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, *, prefill_chunk: int, runs_halted: bool):
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, *, prefill_chunk: int, mixes_rungs: bool, runs_halted: bool
+    ):
         self.runner, self.scheduler = runner, scheduler
-        self.prefill_chunk, self.runs_halted = prefill_chunk, runs_halted
+        self.prefill_chunk, self.mixes_rungs, self.runs_halted = prefill_chunk, mixes_rungs, runs_halted
         self.device = runner.device
         self._samplers = Samplers(GREEDY, runner.num_rows)
         self._judges, self._skipped = Judges(runner), SkippedDepth(runner)
@@ -113,6 +116,7 @@ class Batch:
             "prompt_executed_iterations": counts["prompt_executed"],
             "prompt_useful_iterations": counts["prompt_useful"],
             "core_runs": counts["core_runs"],
+            "prompt_runs": counts["prompt_runs"],
             "readouts": self._judges.readouts,
             "occupancy": executed / (counts["core_runs"] * self.scheduler.max_requests or 1),
             "mean_depth": mean,
@@ -136,20 +140,27 @@ class Batch:
             row.phase, row.position = Phase.READY, 0
 
     def _prefill(self) -> None:
-        """One rung of the chunk under way, or the start of a new one."""
-        if self._chunk is None:
-            parts = self.scheduler.next_chunk(self.prefill_chunk)
-            if not parts:
-                return
-            self._chunk = Chunk.of(parts, self.runner)
+        """One rung of the parts under way and of those that join them."""
+        if self._chunk is None or self.mixes_rungs:
+            under_way = [] if self._chunk is None else self._chunk.parts
+            new = self.scheduler.next_parts(self.prefill_chunk, under_way, equal_counts=self._is_told_time)
+            if new:
+                joining = Chunk.of(new, self.runner)
+                self._chunk = joining if self._chunk is None else self._chunk.join(joining)
         chunk = self._chunk
-        chunk.carry = self.runner.climb(chunk.span, chunk.carry, chunk.rung, chunk.rows[0].count)
-        chunk.rung += 1
+        if chunk is None:
+            return
+        rungs, counts = self._number(chunk.rungs), self._number([row.count for row in chunk.rows])
+        chunk.carry = self.runner.climb(chunk.span, chunk.carry, rungs, counts)
+        chunk.rungs = [rung + 1 for rung in chunk.rungs]
+        self._counts["prompt_runs"] += 1
         self._counts["prompt_executed"] += chunk.span.tokens_bt.numel()
         self._counts["prompt_useful"] += sum(chunk.lengths)
-        if chunk.rung == chunk.rows[0].count:
-            self._chunk = None
-            self._end_chunk(chunk)
+        places = chunk.ended
+        ended = chunk.take(places)
+        if ended is not None:
+            self._chunk = chunk.take([place for place in range(len(chunk.rows)) if place not in places])
+            self._end_chunk(ended)
 
     def _end_chunk(self, chunk: Chunk) -> None:
         for row, length in zip(chunk.rows, chunk.lengths, strict=True):

@@ -148,6 +148,15 @@ def choose(curve: Curve, target: float) -> int | None:
     return chosen
 
 
+def setting_text(rule: Component) -> str:
+    """The text of a rule in which the knob is always told, as `parse_halting` reads it: `kl(threshold=0.0005)`."""
+    name = knob(rule)
+    rest = halting_text(rule).partition("(")[2].rstrip(")")
+    told = [part.strip() for part in rest.split(",") if part.strip() and "=" in part]
+    value = f"{name}={getattr(rule, name)}"
+    return f"{halting_text(rule).partition('(')[0]}({', '.join([value, *(part for part in told if part != value)])})"
+
+
 def upper_bound(more_N: np.ndarray, block_N: np.ndarray) -> float:
     """One-sided upper 95 % bound of the mean of paired differences, with blocks of neighbours as the sample (t)."""
     num_blocks = int(block_N.max()) + 1
@@ -177,9 +186,14 @@ def _settings(trace: Trace, rule: Any) -> list[float]:
         return list(range(1, trace.num_rungs + 1))
     if isinstance(rule, ArgmaxHalting):
         return sorted({*range(1, trace.num_rungs), rule.patience})
-    values = trace.values[looks_at(rule)][:-1]
-    values = values[np.isfinite(values)].astype(np.float64)
-    found = np.quantile(values, _QUANTILES) if len(values) else np.empty(0)
+    values_RN = trace.values[looks_at(rule)][:-1].astype(np.float64)
+    # Half of the thresholds spread over all values, half over the share of tokens that stop early at all.
+    is_low = isinstance(rule, HazardHalting) or not _stops_above(rule)
+    known_RN = np.isfinite(values_RN)
+    extreme_N = np.where(known_RN, values_RN, math.inf if is_low else -math.inf)
+    extreme_N = extreme_N.min(0, initial=math.inf) if is_low else extreme_N.max(0, initial=-math.inf)
+    parts = (values_RN[known_RN], extreme_N[np.isfinite(extreme_N)])
+    found = np.concatenate([np.quantile(part, _QUANTILES) for part in parts if len(part)] or [np.empty(0)])
     if isinstance(rule, HazardHalting):
         found = 1 - found
     if isinstance(rule, (HazardHalting, ConfidenceHalting)):  # most differences are near 1

@@ -117,7 +117,13 @@ class Engine:
                 cost = (len(ladder.head) + len(ladder.tail) + 3) / (len(ladder.rungs[0]) + 1)
                 exchange = DepthWiseExchange(cost, self.loops, gather)
             scheduler = Scheduler(max_requests, exchange)
-            self._worker = Batch(runner, scheduler, prefill_chunk=prefill_chunk, runs_halted=self.mode == "sequence")
+            self._worker = Batch(
+                runner,
+                scheduler,
+                prefill_chunk=prefill_chunk,
+                mixes_rungs=self.mode == "depth-wise",
+                runs_halted=self.mode == "sequence",
+            )
             self._rule(halting)
 
     @property

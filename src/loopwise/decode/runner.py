@@ -362,6 +362,8 @@ class Runner:
                 state_btD = state_btD + module.signal(state_btD, iteration, positions)
             return state_btD
 
+        if module.signal is None and not module.update.reads_iteration:
+            return one(slice(None), 0, self.ladder.num_rungs)
         return self._by_rung(one, carry.state_btD, rung, counts)
 
     def _end(
@@ -375,6 +377,8 @@ class Runner:
             where = {"iteration": iteration, "num_iterations": count}
             return module.update.leave(carry.state_btD[index], state_btD[index], injected[index], **where)
 
+        if not module.update.reads_iteration:
+            return module.turn(one(slice(None), 0, self.ladder.num_rungs))
         return module.turn(self._by_rung(one, state_btD, rung, counts))
 
     @staticmethod

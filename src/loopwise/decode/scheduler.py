@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -105,9 +105,12 @@ class TogetherExchange:
 class DepthWiseExchange:
     """Rows at different iterations: coda and prelude run when a share of the rows waits for them.
 
-    A call costs about the same for one row as for several, so rows are gathered. Where they wait until they are a share
-    `x` of all, a token takes `d (1 + x / 2)` ticks in the place of its depth `d`, and one exchange, of `c` times the
-    cost of a rung, serves that share: in all `d (1 + x / 2) + c / x`, which is least at `x = sqrt(2 c / d)`.
+    A call costs about the same for one row as for several, so rows are gathered until they are a share `x` of all. One
+    exchange, of `c` times the cost of a rung, serves that share; meanwhile they stand idle. Were all depths the depth
+    `d`, a token would take `d (1 + x / 2)` ticks. With prompts on their way a tick is two runs, so in all
+    `2 d (1 + x / 2) + c / x`, which is least at `x = s = sqrt(c / d)`. Where depths differ, the last to be done are
+    the deepest, and a large share waits longer than that: `s / (1 + s)` is near `s` where `s` is small, and never 1.
+    docs/batching.md has measurements.
 
     Args:
         cost: c, what serving both costs over what a rung costs.
@@ -123,7 +126,10 @@ class DepthWiseExchange:
     @property
     def share(self) -> float:
         """The share x that is waited for."""
-        return min(1.0, math.sqrt(2 * self.cost / self.depth)) if self.gather is None else self.gather
+        if self.gather is not None:
+            return self.gather
+        share = math.sqrt(self.cost / self.depth)
+        return share / (1 + share)
 
     def is_due(self, idle: int, climbing: int) -> bool:
         """Whether enough rows wait, or no other is left."""
@@ -188,20 +194,31 @@ class Scheduler:
         """The rows in a phase, oldest first."""
         return [row for row in self.rows.values() if row.phase is phase]
 
-    def next_chunk(self, size: int) -> list[tuple[Row, int]]:
-        """The next parts of prompts to compute: rows with equal counts and how many tokens of each.
+    def next_parts(
+        self, size: int, under_way: Sequence[tuple[Row, int]] = (), *, equal_counts: bool = False
+    ) -> list[tuple[Row, int]]:
+        """The next parts of prompts to compute: rows, and how many tokens of each.
 
-        The oldest comes first; others join while the whole, padding included, has at most `size` tokens.
+        Rows join while the whole, padding included, has at most `size` tokens. Nobody overtakes an older row that does
+        not fit, or short prompts could keep a long one waiting for ever.
+
+        Args:
+            size: the most tokens.
+            under_way: the parts that are being computed; what joins them counts into the same size.
+            equal_counts: take only rows with as many rungs in all as the oldest of them.
         """
-        parts: list[tuple[Row, int]] = []
-        longest = 0
+        parts = list(under_way)
+        busy = {row.id for row, _ in parts}
+        longest = max((length for _, length in parts), default=0)
         for row in self.within(Phase.PROMPT):
+            if row.id in busy or (equal_counts and parts and row.count != parts[0][0].count):
+                continue
             length = min(size, len(row.request.prompt) - row.fed)
-            fits = max(longest, length) * (len(parts) + 1) <= size
-            if not parts or (fits and row.count == parts[0][0].count):
-                parts.append((row, length))
-                longest = max(longest, length)
-        return parts
+            if parts and max(longest, length) * (len(parts) + 1) > size:
+                break
+            parts.append((row, length))
+            longest = max(longest, length)
+        return parts[len(under_way) :]
 
     def lengths(self) -> dict[str, int]:
         """How many requests are in each queue."""

@@ -80,6 +80,7 @@ def record(
     rules: Iterable[Component | str],
     *,
     block: int = 32,
+    seed: int = 0,
     on_rows: Callable[[int, int], object] | None = None,
     **options: Any,
 ) -> Trace:
@@ -90,6 +91,7 @@ def record(
         rows: token ids of texts of at least two tokens each; the first of each is not predicted.
         rules: rules, or their texts; `fixed` needs none of what is noted.
         block: how many neighbouring tokens are one block.
+        seed: of first states that a loop draws at random: row i of the text has seed + i.
         on_rows: called with (rows done, rows in all).
         **options: of `Runner`: loops, exits, initial_state.
 
@@ -109,6 +111,7 @@ def record(
         refuse_rule(rule, runner)
     notes, blocks = _Notes(parsed), []
     for start in range(0, len(rows), size):
+        runner.seeds = [seed + row for row in range(start, start + size)]
         _record_rows(runner, rows[start : start + size], notes)
         if on_rows is not None:
             on_rows(min(start + size, len(rows)), len(rows))
@@ -173,7 +176,8 @@ def _record_rows(runner: Runner, rows: Sequence[Sequence[int]], notes: _Notes) -
         logits_btV = runner.leave(span, carry).float()
         # No rule looks further back than two rungs.
         states, logits = [*states[-2:], carry.state_btD.float()], [*logits[-2:], logits_btV]
-        found["loss"].append(F.cross_entropy(logits_btV.transpose(1, 2), goal_bt, reduction="none"))
+        loss_N = F.cross_entropy(logits_btV.flatten(0, 1), goal_bt.flatten(), reduction="none")
+        found["loss"].append(loss_N.view(goal_bt.shape))
         found["best"].append(logits_btV.argmax(-1))
         for name, rule in notes.rules.items():
             if isinstance(rule, Criterion):

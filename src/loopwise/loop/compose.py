@@ -44,10 +44,27 @@ CAPABILITIES = (
     Capability(name="thought", what="latent positions on the token axis"),
     Capability(name="sampler", what="sampling and beam search of generate", built=True),
     Capability(name="speculation", what="prompt lookup and assisted generation", built=True),
+    Capability(name="early exit", what="tokens that stop early while decoding, in loops and plain models", built=True),
+    Capability(name="wavefront", what="later tokens refined while earlier ones still are", built=True),
+    Capability(name="self-speculation", what="drafts with fewer iterations, verified at full depth", built=True),
+    Capability(name="depth batching", what="requests at different iterations in one batch", built=True),
     Capability(name="adapters", what="LoRA through PEFT, before or after attach", built=True),
     Capability(name="sharding", what="FSDP2 with the loop as one unit", built=True),
 )
+_DECODERS = ("speculation", "early exit", "wavefront", "self-speculation", "depth batching")
+_ROUTED = "a loop with routers is not taken apart: the model's own generate decodes it"
 _REFUSED: dict[frozenset[str], str] = {
+    # A decoder runs by itself; requests of a batch may leave early.
+    frozenset(pair): "one decoder at a time"
+    for pair in combinations(_DECODERS, 2)
+    if set(pair) != {"early exit", "depth batching"}
+} | {
+    frozenset(("routing", "early exit")): _ROUTED,
+    frozenset(("routing", "wavefront")): _ROUTED,
+    frozenset(("routing", "self-speculation")): _ROUTED,
+    frozenset(("halting", "wavefront")): "a wave freezes positions by rules of its own",
+    frozenset(("halting", "self-speculation")): "drafts are verified at full depth, which no token leaves early",
+    frozenset(("tie + delta", "wavefront")): "positions at different iterations run in one call, offsets are per call",
     frozenset(("growth", "adapters")): "an edit makes new layers, whose adapters would be others: merge them first",
     frozenset(("halting", "routing")): "a loop with a router has no exit gate: its router already says who goes on",
 }

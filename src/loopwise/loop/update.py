@@ -25,9 +25,12 @@ class Update(nn.Module):
 
     Attributes:
         no_weight_decay: names of own parameters that the method trains without weight decay.
+        reads_iteration: whether its results depend on `iteration`, `num_iterations` or `time`. One that does must say
+            so: rows at different iterations are otherwise updated in one call.
     """
 
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    reads_iteration: bool = False
 
     def forward(
         self,
@@ -409,6 +412,7 @@ class Chain(Update):
     def __init__(self, parts: Sequence[Update]) -> None:
         super().__init__()
         self.parts = nn.ModuleList(parts)
+        self.reads_iteration = any(part.reads_iteration for part in parts)
 
     def forward(self, state_BTD, e_BTD, *, iteration, num_iterations, time=None) -> torch.Tensor:
         """Apply the entry side of every part in order."""

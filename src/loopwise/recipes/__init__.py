@@ -16,7 +16,7 @@ from typing import Any
 
 from loopwise.train.config import RunConfig
 
-_HOMES = ("quickstart", "reasoning", "language", "regression", "growth")
+_HOMES = ("quickstart", "reasoning", "language", "regression", "growth", "refine")
 
 
 def recipes() -> dict[str, Callable[..., RunConfig]]:
