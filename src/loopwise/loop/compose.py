@@ -54,11 +54,6 @@ CAPABILITIES = (
 _DECODERS = ("speculation", "early exit", "wavefront", "self-speculation", "depth batching")
 _ROUTED = "a loop with routers is not taken apart: the model's own generate decodes it"
 _REFUSED: dict[frozenset[str], str] = {
-    # A decoder runs by itself; requests of a batch may leave early.
-    frozenset(pair): "one decoder at a time"
-    for pair in combinations(_DECODERS, 2)
-    if set(pair) != {"early exit", "depth batching"}
-} | {
     frozenset(("routing", "early exit")): _ROUTED,
     frozenset(("routing", "wavefront")): _ROUTED,
     frozenset(("routing", "self-speculation")): _ROUTED,
@@ -67,6 +62,12 @@ _REFUSED: dict[frozenset[str], str] = {
     frozenset(("tie + delta", "wavefront")): "positions at different iterations run in one call, offsets are per call",
     frozenset(("growth", "adapters")): "an edit makes new layers, whose adapters would be others: merge them first",
     frozenset(("halting", "routing")): "a loop with a router has no exit gate: its router already says who goes on",
+}
+# A decoder runs by itself; requests of a batch may leave early.
+_REFUSED |= {
+    frozenset((first, second)): "one decoder at a time"
+    for first, second in combinations(_DECODERS, 2)
+    if (first, second) != ("early exit", "depth batching")
 }
 
 
