@@ -35,6 +35,7 @@ def test_the_share_that_is_closed(benchmark: ModuleType) -> None:
 def test_results_say_whether_the_target_holds(benchmark: ModuleType, tmp_path: Path) -> None:
     losses = {
         "relaxed": ([12.0, 13.0] * 4, [4.0, 5.0] * 4),
+        "relaxed_stepwise": ([15.0, 16.0] * 4, [5.0, 6.0] * 4),
         "tied": ([12.0, 14.0] * 4, [10.0, 11.5] * 4),
         "source": ([2.5, 3.0] * 4, [2.0, 2.5] * 4),
     }
@@ -45,10 +46,11 @@ def test_results_say_whether_the_target_holds(benchmark: ModuleType, tmp_path: P
         (tmp_path / name).mkdir()
         line = {"step": 7, "tokens": 70, "flops": 1.0, "time": {"step": 0.5}}
         (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    relaxed, from_tied, tied, difference = benchmark.collect(tmp_path)
+    relaxed, from_tied, tied, stepwise, difference = benchmark.collect(tmp_path)
     assert from_tied["holds"] and from_tied["value"] > relaxed["value"]
     assert relaxed["holds"] and relaxed["target"] == 0.3 and relaxed["ci95"][0] > 0.7
     assert tied["value"] < 0.3 and tied["holds"] and tied["target"] is None
+    assert stepwise["target"] is None and stepwise["value"] < relaxed["value"]
     assert difference["value"] == pytest.approx(6.25)
     arms = {arm["name"]: arm for arm in relaxed["arms"]}
     assert arms["source"]["after"]["loss"] == 2.25 and arms["tied"]["tokens"] == 70

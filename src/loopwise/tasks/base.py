@@ -31,6 +31,7 @@ HOMES = (
     "p_hop",
     "pointer",
     "cycle_walk",
+    "cycle_power",
     "igsm",
     "assignment",
     "induction",
