@@ -31,7 +31,6 @@ HOMES = (
     "p_hop",
     "pointer",
     "cycle_walk",
-    "cycle_power",
     "igsm",
     "assignment",
     "induction",
