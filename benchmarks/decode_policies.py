@@ -351,7 +351,7 @@ def main() -> int:
     made = entries(found, chosen)
     show(made[0]["table"])
     print(f"measured in {(time.time() - began) / 60:.1f} min", flush=True)
-    return finish(made, given.out, "python benchmarks/decode_policies.py")
+    return finish(made, given.out, f"python benchmarks/decode_policies.py --rows {given.rows} --valid {given.valid}")
 
 
 if __name__ == "__main__":
